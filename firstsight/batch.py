@@ -1,0 +1,48 @@
+"""What travels from the loader to a method: views, where each was cut from, and of which image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """B images in V views each.
+
+    The geometry travels with the pixels: methods that compare places (SCRL, DenseCL, PixPro) and
+    views that merge backgrounds need to know what each view shows of the original.
+    """
+
+    views: tuple[Tensor, ...]
+    """V tensors (B, 3, H, W): uint8 as the loader makes them, float and normalised for a method."""
+    crops: tuple[Tensor, ...]
+    """V tensors (B, 4): x1, y1, x2, y2 in pixels of the upright original, half-open."""
+    flips: tuple[Tensor, ...]
+    """V tensors (B,) of bool: the view is mirrored left to right."""
+    index: Tensor
+    """(B,) position of each image in the source (of the slot, where a bad file was replaced)."""
+    label: Tensor | None = None
+    """(B,) integer labels, where the source has them; never seen by a method's loss."""
+    bad: tuple[str, ...] = ()
+    """Identities of the files that could not be decoded and were replaced in this batch."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`."""
+
+        def move(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+
+        return replace(
+            self,
+            views=move(self.views),
+            crops=move(self.crops),
+            flips=move(self.flips),
+            index=self.index.to(device, non_blocking=True),
+            label=None if self.label is None else self.label.to(device, non_blocking=True),
+        )
