@@ -1,0 +1,129 @@
+"""Backbones: images in, a feature map and pooled features out, whatever library they come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from firstsight.errors import UserError, unknown
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+
+class Backbone(nn.Module, ABC):
+    """A network that states its own width and stride."""
+
+    name: str
+    """What builds it again: resnet50, timm:NAME."""
+    stem: str
+    """First layers: standard or small."""
+    width: int
+    """C, the number of features."""
+    stride: int
+    """Pixels of the image for each cell of the feature map, a side."""
+
+    @abstractmethod
+    def feature_map(self, images: Tensor) -> Tensor:
+        """(B, C, h, w) from images (B, 3, H, W)."""
+
+    @abstractmethod
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled features (B, C) from images (B, 3, H, W)."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pooled features (B, C)."""
+        return self.features(images)
+
+
+class ResNet(Backbone):
+    """A torchvision ResNet without its classifier, under torchvision's own parameter names."""
+
+    def __init__(self, name: str, stem: str) -> None:
+        import torchvision
+
+        super().__init__()
+        self.name, self.stem = name, stem
+        network = getattr(torchvision.models, name)(weights=None)
+        self.width = network.fc.in_features
+        for child, module in network.named_children():
+            if child != "fc":
+                self.add_module(child, module)
+        self.stride = 32
+        if stem == "small":
+            self.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+            self.maxpool = nn.Identity()
+            self.stride = 8
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """(B, C, h, w): the output of layer4."""
+        x = images
+        for child in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            x = self.get_submodule(child)(x)
+        return x
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, C): the mean over the map."""
+        return self.feature_map(images).mean(dim=(2, 3))
+
+
+class Timm(Backbone):
+    """Any timm network without its classifier, under timm's own parameter names."""
+
+    def __init__(self, name: str, size: int) -> None:
+        import timm
+
+        super().__init__()
+        self.name, self.stem = f"timm:{name}", "standard"
+        if name not in timm.list_models():
+            raise unknown("timm network", name, _near_timm(name))
+        resizable = name.startswith(("vit", "deit", "eva", "beit"))
+        options = {"img_size": size, "dynamic_img_size": True} if resizable else {}
+        network = timm.create_model(name, pretrained=False, num_classes=0, **options)
+        self.network = network
+        self.width = network.num_features
+        self.stride = size // max(self._map_side(size), 1)
+
+    @torch.no_grad()
+    def _map_side(self, size: int) -> int:
+        # timm states a reduction for most networks, not for all: ask with one tiny batch
+        training = self.training
+        side = self.eval().feature_map(torch.zeros(1, 3, size, size)).shape[-1]
+        self.train(training)
+        return side
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """(B, C, h, w); of a transformer, its patch tokens laid out as a map."""
+        x = cast(Tensor, self.network.forward_features(images))
+        if x.ndim == 3:  # tokens (B, prefix + h * w, C)
+            x = x[:, getattr(self.network, "num_prefix_tokens", 0) :]
+            side = round(x.shape[1] ** 0.5)
+            return x.transpose(1, 2).unflatten(2, (side, side))
+        return x.permute(0, 3, 1, 2) if x.shape[1] != self.width else x  # some are channels-last
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, C) as timm pools them for its classifier."""
+        x = self.network.forward_features(images)
+        return cast(Tensor, self.network.forward_head(x, pre_logits=True))
+
+
+def _near_timm(name: str) -> list[str]:
+    import difflib
+
+    import timm
+
+    return difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.4) or ["vit_tiny_*"]
+
+
+def build(name: str, stem: str = "standard", size: int = 224) -> Backbone:
+    """An untrained backbone by name; `size` is the side of its images where it needs to know."""
+    if name.startswith("timm:"):
+        if stem != "standard":
+            raise UserError(f"{name} has no other stem; leave --stem standard")
+        return Timm(name.removeprefix("timm:"), size)
+    if name not in RESNETS:
+        raise unknown("backbone", name, [*RESNETS, "timm:NAME"])
+    return ResNet(name, stem)

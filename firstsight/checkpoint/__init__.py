@@ -1,0 +1,222 @@
+"""Checkpoints of ours: written whole or not at all, read without executing anything."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from firstsight import backbones
+from firstsight.backbones import Backbone
+from firstsight.errors import UserError
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Let `write` fill a file that appears under its name only when it is whole on the disk."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        part.unlink(missing_ok=True)
+        code = error.errno if isinstance(error, OSError) else None
+        reason = os.strerror(code if code is not None else errno.ENOSPC)
+        raise UserError(f"cannot write {path} ({reason}); make room and run again") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda file: None if file.write(text.encode()) else None)
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write the state after `step` steps, point `last` at it, remove all but the `keep` newest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}.pt"
+    write_atomically(path, lambda file: torch.save(state, file))
+    link = folder / ".last.part"
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.name)
+    os.replace(link, folder / "last")
+    for old in _all(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*.pt"))
+
+
+def newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest state that can be read (None where there is none), and what had to be passed over."""
+    damaged = []
+    for path in reversed(_all(folder)):
+        try:
+            return read(path), damaged
+        except UserError as error:
+            damaged.append(str(error))
+    return None, damaged
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint's state, on the CPU."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises whatever the parser stumbles over
+        raise UserError(f"{path} is not a readable checkpoint ({_first_line(error)})") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is not a checkpoint of firstsight")
+    return state
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
+def load_state(module: torch.nn.Module, state: dict[str, Any], path: Path | str) -> None:
+    """Load a state into `module`, all of it; another architecture is refused with the first difference."""
+    own = module.state_dict()
+    missing = [name for name in own if name not in state]
+    extra = [name for name in state if name not in own]
+    unlike = [n for n in own if n in state and own[n].shape != state[n].shape]
+    if missing or extra or unlike:
+        first = (
+            f"{unlike[0]} is {tuple(state[unlike[0]].shape)} there and {tuple(own[unlike[0]].shape)} here"
+            if unlike
+            else f"{(missing or extra)[0]} is {'missing there' if missing else 'unknown here'}"
+        )
+        raise UserError(f"{path} is of another architecture: {first}; check --backbone and --stem")
+    module.load_state_dict(state)
+
+
+def save_backbone(path: Path, backbone: Backbone, about: dict[str, Any]) -> None:
+    """Write the backbone's weights as safetensors; `about` (what it is) goes in as text."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _weights(backbone).items()}
+    metadata = {"format": "pt", "firstsight": json.dumps(about)}
+    part = path.with_name(f".{path.name}.part")
+    try:
+        save_file(weights, part, metadata)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({_first_line(error)}); make room and run again") from error
+
+
+def _weights(backbone: Backbone) -> dict[str, torch.Tensor]:
+    inner = backbone.network if isinstance(backbone, backbones.Timm) else backbone
+    return inner.state_dict()
+
+
+def about_backbone(backbone: Backbone, size: int, mean: Any, std: Any, **more: Any) -> dict[str, Any]:
+    """What `backbone.json` says: all that is needed to build the network and feed it."""
+    return {
+        "backbone": backbone.name,
+        "stem": backbone.stem,
+        "width": backbone.width,
+        "stride": backbone.stride,
+        "size": size,
+        "mean": list(mean),
+        "std": list(std),
+        "pixels": "RGB, values in 0 to 1, minus mean, over std",
+        "load": "firstsight.load_backbone(FOLDER), or safetensors.torch.load_file",
+        **more,
+    }
+
+
+def load_backbone(spec: str) -> tuple[Backbone, dict[str, Any]]:
+    """A backbone on the CPU in evaluation mode, and what is known about it, from a CHECKPOINT.
+
+    CHECKPOINT: a run folder, a checkpoint or `.safetensors` file of ours, `random:resnet50`
+    (untrained, seed 0), `torchvision:resnet50` or `timm:NAME` (published weights).
+    """
+    kind, _, name = spec.partition(":")
+    if kind == "random":
+        torch.manual_seed(0)
+        return _ready(backbones.build(name)), {"backbone": name, "untrained": True}
+    if kind in ("torchvision", "timm") and name:
+        return _ready(_published(kind, name)), {"backbone": spec}
+    path = Path(spec)
+    if path.is_dir():
+        return _from_run(path)
+    if not path.exists():
+        raise UserError(
+            f"no checkpoint {spec}; give a run folder, a file, random:NAME, torchvision:NAME or timm:NAME"
+        )
+    return _from_safetensors(path) if path.suffix == ".safetensors" else _from_state(path)
+
+
+def _ready(backbone: Backbone) -> Backbone:
+    return backbone.eval()
+
+
+def _published(kind: str, name: str) -> Backbone:
+    try:
+        if kind == "timm":
+            import timm
+
+            backbone = backbones.build(f"timm:{name}")
+            weights = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+            load_state(backbone.get_submodule("network"), weights, f"timm:{name}")
+        else:
+            import torchvision
+
+            backbone = backbones.build(name)
+            weights = torchvision.models.get_model(name, weights="DEFAULT").state_dict()
+            weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
+            load_state(backbone, weights, f"torchvision:{name}")
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"the weights of {kind}:{name} are not at hand ({_first_line(error)})") from error
+    return backbone
+
+
+def _from_run(folder: Path) -> tuple[Backbone, dict[str, Any]]:
+    state, damaged = newest(folder / "checkpoints")
+    if state is not None:
+        return _from_parts(state, f"{folder}/checkpoints/last")
+    if (folder / "backbone.safetensors").exists():
+        return _from_safetensors(folder / "backbone.safetensors")
+    raise UserError(damaged[0] if damaged else f"{folder} holds no checkpoint; is it a run folder?")
+
+
+def _from_state(path: Path) -> tuple[Backbone, dict[str, Any]]:
+    return _from_parts(read(path), str(path))
+
+
+def _from_parts(state: dict[str, Any], where: str) -> tuple[Backbone, dict[str, Any]]:
+    if "about" not in state or "method" not in state:
+        raise UserError(f"{where} is not a checkpoint of firstsight")
+    about = state["about"]
+    backbone = backbones.build(about["backbone"], about["stem"], about["size"])
+    prefix = "backbone."
+    weights = {k.removeprefix(prefix): v for k, v in state["method"].items() if k.startswith(prefix)}
+    load_state(backbone, weights, where)
+    return _ready(backbone), dict(about)
+
+
+def _from_safetensors(path: Path) -> tuple[Backbone, dict[str, Any]]:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("firstsight")
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({_first_line(error)})") from error
+    if text is None:
+        raise UserError(f"{path} was not written by firstsight: it does not say what network it holds")
+    about = json.loads(text)
+    backbone = backbones.build(about["backbone"], about["stem"], about["size"])
+    inner = backbone.network if isinstance(backbone, backbones.Timm) else backbone
+    load_state(inner, weights, path)
+    return _ready(backbone), about

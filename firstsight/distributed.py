@@ -1,0 +1,206 @@
+"""Every call that concerns other processes. Alone, each of them is the identity.
+
+One device is the normal case: nothing here needs to be started for it. Under torchrun (or anything
+that sets RANK, WORLD_SIZE and LOCAL_RANK) `start` joins the group, and the same code runs on W ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+_device = torch.device("cpu")
+
+
+def start(device: str) -> torch.device:
+    """Join the other processes, if there are any, and return the device of this one."""
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    kind = device if device != "auto" else _best_device()
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if launched and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    global _device
+    _device = torch.device(kind, torch.cuda.current_device() if kind == "cuda" else None)
+    return _device
+
+
+def device() -> torch.device:
+    """The device of this process; the CPU before `start`."""
+    return _device
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def stop() -> None:
+    """Leave the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Position of this process among all, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """W, the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world() > 1:
+        dist.barrier()
+
+
+def share(value: Any) -> Any:
+    """The `value` of rank 0, on every rank."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def collect(value: Any) -> list[Any]:
+    """The `value` of every rank, in rank order, on every rank."""
+    if world() == 1:
+        return [value]
+    box: list[Any] = [None] * world()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def mean(scalar: Tensor) -> float:
+    """The mean of a scalar over all ranks."""
+    if world() == 1:
+        return scalar.item()
+    total = scalar.detach().float().clone()
+    dist.all_reduce(total)
+    return total.item() / world()
+
+
+def anyone(flag: bool) -> bool:
+    """Whether `flag` is true on any rank."""
+    return mean(torch.tensor(float(flag), device=_device)) > 0 if world() > 1 else flag
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather whose backward sums what every rank asks of these rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(world())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(world())[rank()]
+
+
+class _Sum(torch.autograd.Function):
+    """All-reduce whose backward is an all-reduce too."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def gather(rows: Tensor) -> Tensor:
+    """The rows of all ranks, (W * B, ...), in rank order.
+
+    The gradient flows through: with the mean that DDP takes over ranks, the gradient of a mean of
+    per-rank losses is exactly that of one process on the whole batch.
+    """
+    return rows if world() == 1 else cast(Tensor, _Gather.apply(rows))
+
+
+def permutation(rows: Tensor) -> Tensor:
+    """A random order (W * B,) of the rows (B, ...) of all ranks, the same on each rank."""
+    order = torch.randperm(len(rows) * world()).to(rows.device)
+    if world() > 1:
+        dist.broadcast(order, src=0)
+    return order
+
+
+def shuffled(rows: Tensor, order: Tensor) -> Tensor:
+    """Rows of the global batch in that order (W * B,): this rank's share of them."""
+    return gather(rows)[order].chunk(world())[rank()]
+
+
+def unshuffled(rows: Tensor, order: Tensor) -> Tensor:
+    """What `shuffled` dealt out, back where it came from: this rank's own rows, in order."""
+    return gather(rows)[order.argsort()].chunk(world())[rank()]
+
+
+class GlobalBatchNorm(nn.BatchNorm2d):
+    """Batch-norm with the statistics of all ranks, on any device, for (B, C) and (B, C, h, w).
+
+    torch's own SyncBatchNorm does not run on a CPU; `globalised` takes it where it does.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass  # (B, C) is welcome too
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The normalised rows, like `input`."""
+        if not self.training or world() == 1:
+            return super().forward(input)
+        axes = [0, *range(2, input.ndim)]
+        rows = input.float()
+        count = torch.tensor([rows.numel() / rows.shape[1]], device=rows.device)
+        sums = torch.cat([rows.sum(axes), count])
+        sums = cast(Tensor, _Sum.apply(sums))
+        n = sums[-1].detach()
+        mean = sums[:-1] / n  # (C,)
+        shape = [1, -1] + [1] * (input.ndim - 2)
+        centred = rows - mean.view(shape)
+        variance = cast(Tensor, _Sum.apply(centred.square().sum(axes))) / n  # (C,)
+        if self.track_running_stats and self.running_mean is not None:
+            assert self.running_var is not None and self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            share_of_new = self.momentum if self.momentum is not None else 0.1
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, share_of_new)
+                self.running_var.lerp_(variance * n / (n - 1), share_of_new)
+        normal = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            normal = normal * self.weight.view(shape) + self.bias.view(shape)
+        return normal.to(input.dtype)
+
+
+def globalised(module: nn.Module) -> nn.Module:
+    """`module` with every batch-norm taking its statistics over all ranks; itself when alone."""
+    if world() == 1:
+        return module
+    if torch.cuda.is_available():
+        return cast(nn.Module, nn.SyncBatchNorm.convert_sync_batchnorm(module))
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+            norm = GlobalBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
+            norm.load_state_dict(child.state_dict())
+            setattr(module, name, norm)
+        else:
+            globalised(child)
+    return module

@@ -1,0 +1,92 @@
+"""backbone + source -> pooled features, counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from firstsight import distributed, keyed
+from firstsight.backbones import Backbone
+from firstsight.loader import Chunks, chunks, normalised
+from firstsight.sources.base import Source
+from firstsight.views import IMAGENET_MEAN, IMAGENET_STD
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """How features are read: the part of every protocol that does not depend on the reading."""
+
+    size: int
+    """Side of the evaluation view, pixels."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    precision: str = "fp32"
+    batch_size: int = 256
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of the images of a source that could be read."""
+
+    values: Tensor
+    """(N, C) float32, on the CPU."""
+    index: Tensor
+    """(N,) position of each row in the source, rising."""
+    unreadable: int
+    """Images that could not be decoded and are not among the rows."""
+
+    def labels(self, source: Source) -> Tensor:
+        """(N,) label of each row."""
+        assert source.labels is not None
+        return torch.from_numpy(source.labels)[self.index]
+
+
+@torch.no_grad()
+def extract(
+    backbone: Backbone, source: Source, reader: Reader, index: NDArray[np.int64] | None = None
+) -> Features:
+    """Pooled features of the images at `index` (all by default), every image once on any W ranks.
+
+    The backbone runs in evaluation mode and is put back into the mode it was in; nothing of it
+    changes.
+    """
+    wanted = np.arange(len(source)) if index is None else np.sort(index)
+    parameter = next(backbone.parameters())
+    layout = torch.channels_last if _is_channels_last(backbone) else torch.contiguous_format
+    dataset = Chunks(source=source, index=wanted, size=reader.size, batch_size=reader.batch_size)
+    training = backbone.training
+    backbone.eval()
+    values, found = [torch.empty(0, backbone.width)], [torch.empty(0, dtype=torch.long)]
+    for pixels, positions in chunks(dataset, reader.workers):
+        if len(positions) == 0:
+            continue
+        images = normalised(pixels.to(parameter.device), reader.mean, reader.std, layout)
+        low = reader.precision == "bf16"
+        with torch.autocast(parameter.device.type, torch.bfloat16, enabled=low):
+            values.append(backbone.features(images).float().cpu())
+        found.append(positions)
+    backbone.train(training)
+    every = distributed.collect((torch.cat(values), torch.cat(found)))
+    rows, positions = (torch.cat(parts) for parts in zip(*every, strict=True))
+    order = positions.argsort()
+    return Features(rows[order], positions[order], len(wanted) - len(positions))
+
+
+def _is_channels_last(backbone: Backbone) -> bool:
+    return any(
+        p.ndim == 4 and p.shape[1] > 1 and p.is_contiguous(memory_format=torch.channels_last)
+        and not p.is_contiguous()
+        for p in backbone.parameters()
+    )
+
+
+def subset(source: Source, count: int, seed: int) -> NDArray[np.int64]:
+    """`count` positions drawn from the source by seed (all, where it has no more)."""
+    if count >= len(source):
+        return np.arange(len(source))
+    return np.random.default_rng(keyed.seed(seed, count)).permutation(len(source))[:count]

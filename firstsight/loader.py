@@ -1,0 +1,177 @@
+"""order + source + views -> Batch, for any range of steps.
+
+A batch is a pure function of its step: whichever process makes it, and whatever was made before.
+So a run can go on at any step, with any number of workers and ranks, and see the same views.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from firstsight import distributed, keyed
+from firstsight.batch import Batch
+from firstsight.errors import UserError
+from firstsight.order import Epochs
+from firstsight.sources.base import Pixels, Source, UnreadableImage
+from firstsight.views import Views
+from firstsight.views.apply import apply, eval_view
+from firstsight.views.draw import draw
+
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+"""Names of memory orders of image tensors."""
+
+_ATTEMPTS = 50
+_CHUNK = 32
+"""Decoded images held at a time: enough to draw for many at once, few enough for memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps(Dataset[Any]):
+    """Step -> this rank's share of its batch; uint8 views, or the `UserError` met while making it."""
+
+    source: Source
+    views: Views
+    size: int
+    order: Epochs
+    seed: int
+    rank: int
+    world: int
+
+    def __getitem__(self, step: int) -> Batch | UserError:
+        try:
+            return self.batch(step)
+        except UserError as error:  # raised again by the loader: workers would wrap it
+            return error
+
+    def batch(self, step: int) -> Batch:
+        """The batch of one step."""
+        index = np.array_split(self.order.indices(step), self.world)[self.rank]
+        sizes = self.views.view_sizes(self.size)  # V sides in pixels
+        pictures = [np.empty((len(index), side, side, 3), np.uint8) for side in sizes]
+        crops = np.empty((len(index), len(sizes), 4), np.float32)
+        flips = np.empty((len(index), len(sizes)), bool)
+        bad: list[str] = []
+        for start in range(0, len(index), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            images = [self.readable(int(i), bad) for i in index[part]]
+            shapes = np.array([(image.shape[1], image.shape[0]) for image in images])
+            drawn = draw(
+                self.views, shapes, seed=self.seed, epoch=self.order.epoch(step), index=index[part]
+            )
+            crops[part], flips[part] = drawn.crops, drawn.flips
+            for b, image in enumerate(images):
+                for v, picture in enumerate(pictures):
+                    apply(image, drawn, b, v, sizes[v], self.views.interpolation, picture[start + b])
+        labels = self.source.labels
+        return Batch(
+            views=tuple(_channels_first(picture) for picture in pictures),
+            crops=tuple(torch.from_numpy(crops[:, v].copy()) for v in range(len(sizes))),
+            flips=tuple(torch.from_numpy(flips[:, v].copy()) for v in range(len(sizes))),
+            index=torch.from_numpy(index.copy()),
+            label=None if labels is None else torch.from_numpy(labels[index]),
+            bad=tuple(bad),
+        )
+
+    def readable(self, index: int, bad: list[str]) -> Pixels:
+        """Image `index`, or a replacement that is always the same one; bad names are added to."""
+        chosen = index
+        for attempt in range(_ATTEMPTS):
+            try:
+                return self.source.pixels(chosen)
+            except UnreadableImage:
+                bad.append(self.source.identity(chosen))
+                chosen = int(keyed.hashed(self.seed, index, attempt) % np.uint64(len(self.source)))
+        raise UserError(
+            f"{self.source.spec}: {_ATTEMPTS} images in turn cannot be decoded, {bad[0]} first"
+        )
+
+
+def _channels_first(picture: np.ndarray[Any, Any]) -> Tensor:
+    return torch.from_numpy(picture).permute(0, 3, 1, 2)  # channels-last in memory
+
+
+def batches(steps: Steps, first: int, last: int, workers: int) -> Iterator[Batch]:
+    """The batches of steps `first` to `last - 1`, made by `workers` processes (0: this one)."""
+    for batch in _loader(steps, range(first, last), workers):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def _loader(dataset: Dataset[Any], sampler: range, workers: int) -> DataLoader[Any]:
+    _quiet_worker()
+    return DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=None,  # an item is a whole batch already
+        num_workers=min(workers, len(sampler)),
+        worker_init_fn=_single_thread,
+        pin_memory=False,
+    )
+
+
+def _quiet_worker() -> None:
+    import cv2
+
+    cv2.setNumThreads(0)  # the parallelism is over images
+
+
+def _single_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+    _quiet_worker()
+
+
+def normalised(
+    views: Tensor, mean: tuple[float, ...], std: tuple[float, ...], layout: torch.memory_format
+) -> Tensor:
+    """Float views, (value / 255 - mean) / std for each channel, from uint8 ones (B, 3, H, W)."""
+    scale = 1 / (255 * torch.tensor(std, device=views.device))
+    shift = torch.tensor(mean, device=views.device) / torch.tensor(std, device=views.device)
+    floats = views.to(torch.float32, memory_format=layout)
+    return floats.mul_(scale.view(3, 1, 1)).sub_(shift.view(3, 1, 1))
+
+
+def on_device(batch: Batch, views: Views, device: torch.device, layout: torch.memory_format) -> Batch:
+    """The batch as a method sees it: on the device, its views normalised floats."""
+    batch = batch.to(device)
+    floats = tuple(normalised(view, views.mean, views.std, layout) for view in batch.views)
+    return dataclasses.replace(batch, views=floats)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunks(Dataset[Any]):
+    """Images of a source as evaluation sees them, without any randomness, some at a time."""
+
+    source: Source
+    index: np.ndarray[Any, np.dtype[np.int64]]
+    size: int
+    batch_size: int
+
+    def __getitem__(self, chunk: int) -> tuple[Tensor, Tensor]:
+        """(B', 3, size, size) uint8 and the positions (B',) of those images that could be read."""
+        index = self.index[chunk * self.batch_size : (chunk + 1) * self.batch_size]
+        found, pictures = [], []
+        for i in index:
+            try:
+                pictures.append(eval_view(self.source.pixels(int(i)), self.size))
+                found.append(int(i))
+            except UnreadableImage:
+                continue
+        stack = np.stack(pictures) if pictures else np.empty((0, self.size, self.size, 3), np.uint8)
+        return _channels_first(stack), torch.tensor(found, dtype=torch.long)
+
+
+def chunks(dataset: Chunks, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """All chunks of this rank in order: every W-th, so that each image is visited once."""
+    count = -(-len(dataset.index) // dataset.batch_size)
+    mine = range(distributed.rank(), count, distributed.world())
+    if len(mine):
+        yield from _loader(dataset, mine, workers)

@@ -1,0 +1,89 @@
+"""Methods by the name of their file: the file is the registry."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
+
+from firstsight.errors import unknown
+
+if TYPE_CHECKING:
+    from firstsight.methods.base import Method
+    from firstsight.settings import Pretrain
+
+_HERE = Path(__file__).parent
+
+
+def names() -> list[str]:
+    """All methods there are."""
+    return sorted(path.stem for path in _HERE.glob("*.py") if path.stem not in ("__init__", "base"))
+
+
+def load(name: str) -> tuple[type[Method], Any]:
+    """The method's class and its `Config` class (this imports torch)."""
+    from firstsight.methods.base import Method
+
+    module = importlib.import_module(f"firstsight.methods.{_known(name)}")
+    found = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, Method) and value.__module__ == module.__name__
+    ]
+    (method,) = found  # one method, one file
+    return method, module.Config
+
+
+def build(name: str, config: Pretrain, images: int) -> Method:
+    """The method with its networks as they are before training: a function of the settings."""
+    import torch
+
+    from firstsight import backbones, distributed
+
+    method_class, settings_class = load(name)
+    torch.manual_seed(config.seed)
+    backbone = backbones.build(config.backbone, config.stem, config.size)
+    own = {f.name: getattr(config.method, f.name) for f in dataclasses.fields(config.method)}
+    method = method_class(settings_class(**own), backbone, images)
+    if config.batch_norm == "global":
+        distributed.globalised(method)
+    return method
+
+
+def describe(name: str) -> tuple[str, Any, Any]:
+    """First line of the method's page, its paper defaults, its settings: without importing torch.
+
+    The command line shows each method's flags at once, so it cannot wait for torch. A method file
+    keeps its `Config` and `DEFAULTS` free of it; here just those two, and the imports that they can
+    need, are executed.
+    """
+    path = _HERE / f"{_known(name)}.py"
+    tree = ast.parse(path.read_text())
+    kept = [
+        node
+        for node in tree.body
+        if (isinstance(node, ast.ImportFrom) and node.module in _LIGHT)
+        or (isinstance(node, ast.ClassDef) and node.name == "Config")
+        or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "DEFAULTS")
+    ]
+    module = ModuleType(f"firstsight.methods._light_{name}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where inspect looks for the help under each field
+    code = compile(ast.Module(body=cast("list[ast.stmt]", kept), type_ignores=[]), str(path), "exec")
+    exec(code, vars(module))
+    summary = (ast.get_docstring(tree) or name).splitlines()[0]
+    return summary, module.DEFAULTS, module.Config()
+
+
+_LIGHT = ("__future__", "dataclasses", "typing", "firstsight.settings", "firstsight.errors")
+
+
+def _known(name: str) -> str:
+    if name not in names():
+        raise unknown("method", name, names())
+    return name

@@ -1,0 +1,47 @@
+"""What a method is: a module whose forward takes a batch and returns the loss, in paper order."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from firstsight.backbones import Backbone
+from firstsight.batch import Batch
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one forward pass says."""
+
+    loss: Tensor
+    """Scalar, the mean over this rank's images."""
+    features: Tensor
+    """(B, C), detached: pooled features of the first view, for probes."""
+    scalars: dict[str, Tensor] = field(default_factory=dict)
+    """Detached figures to log."""
+
+
+class Method(nn.Module, ABC):
+    """A pretraining method. Momentum encoders, queues and prototypes live inside it."""
+
+    backbone: Backbone
+    """What is kept after pretraining."""
+
+    @abstractmethod
+    def __init__(self, config: Any, backbone: Backbone, images: int) -> None:
+        """Build the networks; `images` is the length of the source."""
+        super().__init__()
+        self.backbone = backbone
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Output:
+        """The loss of a batch of normalised views."""
+
+    def before_step(self, progress: float) -> None:  # noqa: B027
+        """Called between backward and the optimiser; `progress` is the share of the run done."""
+
+    def after_step(self, progress: float, lr: float) -> None:  # noqa: B027
+        """Called after the optimiser: moving averages, row updates."""

@@ -1,0 +1,109 @@
+"""The plumbing that methods share: projectors, split batch-norm, momentum encoder, queue."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def float32(tensor: Tensor) -> AbstractContextManager[None]:
+    """A context without autocast on the device of `tensor`: losses are computed in full."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """Batch-norm with separate statistics for each of `splits` equal parts of the batch.
+
+    It emulates on one device what batch-norm does on `splits` devices; running statistics are the
+    mean over the parts. `differs from the paper:` the parts of MoCo's CIFAR-10 demo are interleaved,
+    ours are runs of neighbouring rows as ranks would hold them; in a random batch that is the same.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d, splits: int) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
+        self.load_state_dict(norm.state_dict())
+        self.splits = splits
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The normalised batch (B, C, h, w); B must divide by the number of splits."""
+        if not self.training:
+            return super().forward(input)
+        if len(input) % self.splits:
+            raise ValueError(f"{len(input)} rows do not divide into {self.splits} splits")
+        assert self.running_mean is not None and self.running_var is not None
+        means = self.running_mean.repeat(self.splits, 1)  # (splits, C)
+        variances = self.running_var.repeat(self.splits, 1)
+        assert self.momentum is not None
+        parts = [
+            F.batch_norm(part, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
+            for part, mean, var in zip(input.chunk(self.splits), means, variances, strict=True)
+        ]
+        self.running_mean.copy_(means.mean(0))
+        self.running_var.copy_(variances.mean(0))
+        return torch.cat(parts)
+
+
+def split_batch_norm(module: nn.Module, splits: int) -> None:
+    """Give every batch-norm inside `module` its statistics in `splits` parts of the batch."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, SplitBatchNorm(child, splits))
+        else:
+            split_batch_norm(child, splits)
+
+
+class MomentumEncoder(nn.Module):
+    """A copy of some modules, applied in turn, that follows them as a moving average.
+
+    Parameters follow; batch-norm statistics do not: the copy keeps its own, from its own passes.
+    It never receives a gradient and never records one.
+    """
+
+    def __init__(self, *followed: nn.Module) -> None:
+        super().__init__()
+        self.copy = nn.Sequential(*copy.deepcopy(followed))
+        self.copy.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """What the copied modules, one after the other, make of the images."""
+        return self.copy(images)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def follow(self, *followed: nn.Module, momentum: float) -> None:
+        """Move each parameter: momentum * own + (1 - momentum) * followed."""
+        own = list(self.copy.parameters())
+        other = [p.detach() for module in followed for p in module.parameters()]
+        torch._foreach_lerp_(own, other, 1 - momentum)
+
+
+class Queue(nn.Module):
+    """The last K keys, unit vectors (K, D), first in first out; at the start random directions.
+
+    Reading and pushing are two calls, so that no key can become its own negative by accident. The
+    queue wraps around: its length need not be a multiple of the batch.
+    """
+
+    keys: Tensor
+    position: Tensor
+
+    def __init__(self, length: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("keys", F.normalize(torch.randn(length, dim), dim=1))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))
+
+    def read(self) -> Tensor:
+        """(K, D), a snapshot: a later push does not disturb the backward pass."""
+        return self.keys.clone()
+
+    @torch.no_grad()
+    def push(self, keys: Tensor) -> None:
+        """Replace the oldest keys by these (B, D); of more than K, the last K stay."""
+        length = len(self.keys)
+        offset = torch.arange(max(len(keys) - length, 0), len(keys), device=keys.device)
+        self.keys[(self.position + offset) % length] = keys[offset].to(self.keys.dtype)
+        self.position.copy_((self.position + len(keys)) % length)

@@ -1,0 +1,219 @@
+"""The story of a pretraining run: settings resolved, engine, readings, summary, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from firstsight import checkpoint, distributed, engine, methods, precision
+from firstsight.errors import UserError
+from firstsight.features import Reader
+from firstsight.log import clock, read_log, say
+from firstsight.probe import KnnProbe
+from firstsight.report import write_report
+from firstsight.settings import (
+    UNBOUND,
+    Defaults,
+    Pretrain,
+    flag,
+    merged,
+    plain,
+    preset_views,
+    read_yaml,
+    write_yaml,
+)
+from firstsight.sources import open_source
+from firstsight.sources.base import Source
+
+
+def starting_point(defaults: Defaults, method_settings: Any, size: int) -> Pretrain:
+    """A method's settings before any file or flag: the paper's, with views for this `size`."""
+    values = {f.name: getattr(defaults, f.name) for f in dataclasses.fields(defaults)}
+    values["views"] = preset_views(values["views"], size)
+    return Pretrain(data="", size=size, method=method_settings, **values)
+
+
+def pretrain(name: str, config: Pretrain) -> Path:
+    """Pretrain method `name`; start the run in `config.out`, or go on with it; return its folder."""
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    distributed.start(config.device)
+    out = Path(distributed.share(config.out or str(_next_free(name))))
+    source = open_source(config.data)
+    config = dataclasses.replace(config, out=str(out), workers=_workers(config))
+    with _only_writer(out):
+        earlier = out / "config.yaml"
+        if earlier.exists():
+            config = continued(name, config, earlier)
+        else:
+            picked, layout = precision.pick(name, config)
+            config = dataclasses.replace(
+                config,
+                precision=cast(Literal["fp32", "bf16"], picked),
+                layout=cast(Literal["channels_last", "contiguous"], layout),
+            )
+            if distributed.rank() == 0:
+                write_yaml(earlier, {"name": name, **plain(config)})
+        distributed.barrier()
+        probe = _probe(config, source)
+        summary = out / "summary.json"
+        if summary.exists() and _finished(out, config, source):
+            say(f"{out} is finished; more --epochs would extend it")
+            return out
+        method, done, steps = engine.pretrain(name, config, source, probe, out)
+        if done < steps:
+            say(f"stopped at step {done} of {steps}; the same command goes on from there")
+            raise SystemExit(130)
+        if distributed.rank() == 0:
+            about = engine.about(method, config)
+            checkpoint.save_backbone(out / "backbone.safetensors", method.backbone, about)
+            checkpoint.write_json(out / "backbone.json", about)
+            checkpoint.write_json(summary, summarised(name, config, probe, out, done))
+            write_report([out], out / "report.html")
+            say(f"{out}: {_in_short(out)}; report in {out / 'report.html'}")
+    return out
+
+
+def _next_free(name: str) -> Path:
+    taken = [re.fullmatch(rf"{name}-(\d+)", path.name) for path in Path("runs").glob(f"{name}-*")]
+    return Path("runs") / f"{name}-{max((int(m[1]) for m in taken if m), default=0) + 1:03d}"
+
+
+def _workers(config: Pretrain) -> int:
+    cores = len(os.sched_getaffinity(0))
+    if config.workers >= 0:
+        return config.workers
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, cores // ranks_here)
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Hold the run folder for writing; readers are welcome, a second writer is refused."""
+    if distributed.rank() > 0:
+        yield
+        return
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this platform
+        yield
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "w")  # noqa: SIM115  held until the block ends
+    except OSError as error:
+        raise UserError(f"cannot write into {out} ({error.strerror}); use another --out") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{out} is being written by another process; use another --out") from None
+        yield
+
+
+def continued(name: str, config: Pretrain, earlier: Path) -> Pretrain:
+    """`config` for going on with an earlier run: the same but for what does not change results.
+
+    `auto` means what was picked then; more epochs extend the run; other differences are refused.
+    """
+    values = read_yaml(earlier)
+    if (old_name := values.pop("name", name)) != name:
+        raise UserError(f"{earlier.parent} is a run of {old_name}; use another --out for {name}")
+    old = merged(config, values, str(earlier))
+    config = dataclasses.replace(
+        config,
+        precision=old.precision if config.precision == "auto" else config.precision,
+        layout=old.layout if config.layout == "auto" else config.layout,
+    )
+    differing = _differences(plain(old), plain(config))
+    if "epochs" in differing and config.epochs > old.epochs:
+        say(f"extending {earlier.parent} from {old.epochs:g} to {config.epochs:g} epochs")
+        if distributed.rank() == 0:
+            write_yaml(earlier, {"name": name, **plain(config)})
+            (earlier.parent / "summary.json").unlink(missing_ok=True)
+        differing.pop("epochs")
+    if differing:
+        told = ", ".join(f"{flag(k)} {new} (was {was})" for k, (was, new) in differing.items())
+        raise UserError(f"{earlier.parent} was started otherwise: {told}; use another --out")
+    return config
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in new.items():
+        if isinstance(value, dict):
+            found |= _differences(old[key], value, f"{prefix}{key}.")
+        elif old[key] != value and (prefix or key not in UNBOUND):
+            found[prefix + key] = (old[key], value)
+    return found
+
+
+def _finished(out: Path, config: Pretrain, source: Source) -> bool:
+    records = read_log(out / "log.jsonl")
+    wanted = max(1, round(config.epochs * (len(source) // config.batch_size)))
+    return bool(records) and records[-1]["step"] >= wanted
+
+
+def _probe(config: Pretrain, source: Source) -> KnnProbe | None:
+    if not config.probe_test:
+        return None
+    if not config.probe_train and source.labels is None:
+        raise UserError(f"{source.spec} has no labels for the k-NN bank; use --probe-train SOURCE")
+    reader = Reader(
+        size=config.size,
+        mean=config.views.mean,
+        std=config.views.std,
+        precision=config.precision,
+        workers=config.workers,
+    )
+    return KnnProbe(
+        train=open_source(config.probe_train) if config.probe_train else source,
+        test=open_source(config.probe_test),
+        reader=reader,
+        k=config.probe_k,
+        temperature=config.probe_temperature,
+        images=config.probe_images,
+        seed=config.seed,
+    )
+
+
+def summarised(
+    name: str, config: Pretrain, probe: KnnProbe | None, out: Path, steps: int
+) -> dict[str, Any]:
+    """What came of the run, in figures."""
+    records = read_log(out / "log.jsonl")
+    state = checkpoint.read(out / "checkpoints" / "last")
+    seconds, images = float(state["seconds"]), steps * config.batch_size
+    summary: dict[str, Any] = {
+        "method": name,
+        "steps": steps,
+        "images": images,
+        "seconds": round(seconds, 1),
+        "images_per_second": round(images / seconds, 1),
+        "bad_images": int(records[-1].get("bad_images", 0)),
+        "versions": {"torch": torch.__version__},
+    }
+    if probe is not None:
+        summary["knn"] = {
+            "untrained": next((r["knn"] for r in records if r["step"] == 0), None),
+            "trained": records[-1].get("knn"),
+            "protocol": probe.protocol,
+        }
+    return summary
+
+
+def _in_short(out: Path) -> str:
+    import json
+
+    summary = json.loads((out / "summary.json").read_text())
+    text = f"{summary['images']} images in {clock(summary['seconds'])}"
+    if "knn" in summary:
+        knn = summary["knn"]
+        text += f", k-NN {knn['untrained']:.1f} % untrained, {knn['trained']:.1f} % trained"
+    return text

@@ -1,0 +1,233 @@
+"""Everything that a pretraining run can be told, and how it is read from YAML and flags.
+
+Nothing here imports torch: the command line must answer `--help` at once. Precedence, complete:
+class default < the method's paper defaults < `--config FILE` < flag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from firstsight.errors import UserError, unknown
+from firstsight.views import PRESETS, Views
+
+SMALL = 96
+"""Views of fewer pixels a side take the small-image presets, without blur."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a method's paper trains with; the starting point of its flags."""
+
+    views: str
+    epochs: float
+    batch_size: int
+    base_lr: float
+    weight_decay: float
+    warmup_epochs: float = 0
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    undecayed: tuple[Literal["norm", "bias"], ...] = ()
+    batch_norm: Literal["local", "global"] = "local"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoSettings:
+    """Stands where a method's own settings go."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Pretrain a backbone on unlabelled images."""
+
+    data: str
+    """SOURCE of the images: a folder, a .zip, scenes:train, ... Labels are not used."""
+    out: str = ""
+    """Folder of the run; an unfinished run found there goes on. Empty: runs/METHOD-NNN."""
+    backbone: str = "resnet50"
+    """Network: resnet18 to resnet152, or timm:NAME."""
+    stem: Literal["standard", "small"] = "standard"
+    """First layers of a ResNet: 7x7 stride 2 with max-pool, or 3x3 stride 1 without."""
+    size: int = 224
+    """Side of the (first) views, pixels."""
+    epochs: float = 200
+    """Passes over the source; may be a fraction."""
+    batch_size: int = 256
+    """Images per optimiser step, over all ranks."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Optimiser: SGD with momentum 0.9, or AdamW."""
+    lr: float | None = None
+    """Peak learning rate, absolute; None: --base-lr scaled by the batch."""
+    base_lr: float = 0.03
+    """Peak learning rate per 256 images, used where --lr is not given."""
+    weight_decay: float = 1e-4
+    """Weight decay; decoupled for adamw."""
+    undecayed: tuple[Literal["norm", "bias"], ...] = ()
+    """Parameters without weight decay: those of norm layers, biases of the others."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """Learning rate after the warm-up: half a cosine to zero, or times 0.1 at each drop."""
+    drops: tuple[float, ...] = (0.6, 0.8)
+    """Where the step schedule drops, as shares of the run."""
+    warmup_epochs: float = 0
+    """Epochs in which the learning rate rises linearly from zero."""
+    batch_norm: Literal["local", "global"] = "local"
+    """Statistics of batch-norm: of each rank, or of all ranks together."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic; auto tries both for some steps and says which is faster here."""
+    layout: Literal["auto", "channels_last", "contiguous"] = "auto"
+    """Order of image tensors in memory; auto tries both for some steps."""
+    seed: int = 0
+    """Decides initial weights, order of images and views."""
+    views: Views = field(default_factory=Views)
+    """How views are drawn."""
+    method: Any = field(default_factory=NoSettings)
+    """The method's own settings."""
+    probe_train: str = ""
+    """Labelled SOURCE for k-NN readings: the bank. Empty: the labels of --data, if it has any."""
+    probe_test: str = ""
+    """Labelled SOURCE for k-NN readings: what is classified."""
+    probe_readings: int = 5
+    """k-NN readings during the run, evenly spread; before and after come on top."""
+    probe_images: int = 4000
+    """Images of the bank (half as many queries) in readings during the run; the last uses all."""
+    probe_k: int = 20
+    """Neighbours that vote."""
+    probe_temperature: float = 0.07
+    """Temperature of the votes."""
+    max_bad: float = 0.01
+    """Share of undecodable images above which the run refuses to go on."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept; older ones are removed."""
+    log_every: int = 10
+    """Steps between lines of log.jsonl."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train."""
+    threads: int = 0
+    """CPU threads for arithmetic; 0: one for each core."""
+    workers: int = -1
+    """Processes that make views, per rank; 0: none, in turn with training; -1: picked by cores."""
+
+    def __post_init__(self) -> None:
+        positive = {"size": self.size, "epochs": self.epochs, "batch_size": self.batch_size}
+        positive |= {"save_every": self.save_every, "log_every": self.log_every, "keep": self.keep}
+        for name, value in positive.items():
+            if value <= 0:
+                raise UserError(f"{flag(name)} must be above 0, not {value}")
+        if self.warmup_epochs > self.epochs:
+            raise UserError(
+                f"a warm-up of {self.warmup_epochs:g} epochs does not fit into {self.epochs:g}; "
+                f"use --warmup-epochs {self.epochs / 10:g}"
+            )
+
+    @property
+    def peak_lr(self) -> float:
+        """The absolute learning rate at the end of the warm-up."""
+        return self.lr if self.lr is not None else self.base_lr * self.batch_size / 256
+
+
+UNBOUND = ("out", "device", "threads", "workers", "log_every", "save_every", "keep", "max_bad")
+"""Settings that may differ when a run goes on: they do not change what is computed."""
+
+
+def flag(name: str) -> str:
+    """The flag to type for a field."""
+    return "--" + name.replace("_", "-")
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """A (nested) dataclass as plain YAML values: dicts, lists, numbers, strings."""
+
+    def simple(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: simple(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return [simple(item) for item in value] if isinstance(value, tuple) else value
+
+    return typing.cast("dict[str, Any]", simple(settings))
+
+
+def preset_views(name: str, size: int) -> Views:
+    """The views of a preset; its small-image version for views below SMALL pixels, if it has one."""
+    small = f"{name}-small"
+    return PRESETS[small] if size < SMALL and small in PRESETS else PRESETS[name]
+
+
+T = TypeVar("T")
+
+
+def merged(settings: T, values: dict[str, Any], where: str) -> T:
+    """`settings` with `values` (as read from YAML, keys with - or _) put over it.
+
+    Unknown keys and values of the wrong type are refused; `where` names their file.
+    """
+    hints = typing.get_type_hints(type(settings))
+    names = {f.name for f in dataclasses.fields(settings)}  # type: ignore[arg-type]
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in names:
+            raise UserError(f"{where}: {unknown('setting', str(key), sorted(names))}")
+        old = getattr(settings, name)
+        if dataclasses.is_dataclass(old):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {key} holds settings of its own, not {value!r}")
+            changes[name] = merged(old, value, f"{where}: {key}")
+        else:
+            changes[name] = _read(value, hints[name], f"{where}: {key}")
+    return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
+
+
+def _read(value: Any, kind: Any, where: str) -> Any:
+    """`value` as the type `kind`: YAML 1.1 reads 1e-6 as a string, and lists for tuples."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in inner:
+            return None
+        return _read(value, next(k for k in inner if k is not type(None)), where)
+    if origin is Literal:
+        if value in inner:
+            return value
+        raise UserError(f"{where}: {value!r} is none of {', '.join(map(str, inner))}")
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
+        if len(kinds) == len(value):
+            return tuple(_read(v, k, where) for v, k in zip(value, kinds, strict=True))
+    elif kind is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif kind is int and isinstance(value, str | int) and not isinstance(value, bool):
+        try:
+            return int(value)
+        except ValueError:
+            pass
+    elif isinstance(value, kind) and (kind is not int or not isinstance(value, bool)):
+        return value
+    raise UserError(f"{where}: {value!r} is not {getattr(kind, '__name__', kind)}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, which can execute nothing."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give --config a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not plain YAML: {reason}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no settings (expected lines like `epochs: 100`)")
+    return values
+
+
+def write_yaml(path: Path, values: dict[str, Any]) -> None:
+    """Write settings in the format that `--config` reads."""
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
