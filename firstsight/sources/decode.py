@@ -1,9 +1,9 @@
 """Bytes of an image file -> upright RGB pixels, or `UnreadableImage`; never half an image.
 
-OpenCV decodes the common JPEG about a third faster than Pillow, but it is careless: it returns a
-truncated file as a picture that is grey below the cut. So a JPEG takes the fast path only when its
-header shows one of the plain kinds and its end marker is there. Everything else goes through
-Pillow, which refuses what is cut short.
+OpenCV decodes the common JPEG about a third faster than Pillow, but its version 4 is careless: it
+returns a truncated file as a picture that is grey below the cut. So a JPEG takes the fast path only
+when its header shows one of the plain kinds and its end marker is there. Everything else goes
+through Pillow, which refuses what is cut short.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from PIL import ExifTags, Image, ImageOps
 
 from firstsight.sources.base import Pixels, UnreadableImage
 
-EXTENSIONS = frozenset(("jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp", "gif"))
-
 MAX_PIXELS = 178_956_970
-"""Larger images are refused by their header (half a GiB of RGB; where Pillow too speaks of a bomb)."""
+"""Larger images are refused by their header (half a GiB of RGB; Pillow's own limit)."""
 
 # One damaged file among a million must not write over a progress bar.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 # Pillow warns from half of our limit on, once for each place; the limit itself is enforced here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
 
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, all Huffman-coded
 _APP1, _APP14, _SCAN = 0xE1, 0xEE, 0xDA
