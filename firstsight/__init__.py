@@ -1,0 +1,54 @@
+"""Learn an image backbone from photographs without labels, and say how good it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = ["load_backbone", "open_source", "pretrain"]
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from firstsight.backbones import Backbone
+    from firstsight.sources import open_source
+
+
+def load_backbone(checkpoint: str) -> Backbone:
+    """The backbone of a CHECKPOINT (a run folder, a file, random:resnet50, ...), ready to use.
+
+    `features(images)` gives pooled features (B, C), `feature_map(images)` the map (B, C, h, w), of
+    normalised RGB images (B, 3, H, W).
+    """
+    from firstsight import checkpoint as checkpoints
+
+    return checkpoints.load_backbone(checkpoint)[0]
+
+
+def pretrain(method: str, *, data: str, **settings: Any) -> Path:
+    """Pretrain `method` on a SOURCE and return the run folder.
+
+    `settings` are those of `config.yaml`, nested ones as dicts: `pretrain("mocov2", data="photos",
+    size=64, method={"temperature": 0.1})`. Unknown ones are refused.
+    """
+    from firstsight import methods, run
+    from firstsight.settings import merged, starting_point
+
+    _, defaults, own = methods.describe(method)
+    size = int(settings.get("size", 224))
+    start = starting_point(defaults, own, size)
+    return run.pretrain(method, merged(start, {"data": data, **settings}, "pretrain"))
+
+
+def __getattr__(name: str) -> Any:
+    # found on first use: `firstsight --help` must not wait for torch
+    if name == "open_source":
+        from firstsight.sources import open_source
+
+        return open_source
+    if name in ("metrics", "geometry", "evaluate", "methods"):
+        import importlib
+
+        return importlib.import_module(f"firstsight.{name}")
+    raise AttributeError(f"module 'firstsight' has no attribute {name!r}")

@@ -20,24 +20,15 @@ from firstsight.probe import KnnProbe
 from firstsight.report import write_report
 from firstsight.settings import (
     UNBOUND,
-    Defaults,
     Pretrain,
     flag,
     merged,
     plain,
-    preset_views,
     read_yaml,
     write_yaml,
 )
 from firstsight.sources import open_source
 from firstsight.sources.base import Source
-
-
-def starting_point(defaults: Defaults, method_settings: Any, size: int) -> Pretrain:
-    """A method's settings before any file or flag: the paper's, with views for this `size`."""
-    values = {f.name: getattr(defaults, f.name) for f in dataclasses.fields(defaults)}
-    values["views"] = preset_views(values["views"], size)
-    return Pretrain(data="", size=size, method=method_settings, **values)
 
 
 def pretrain(name: str, config: Pretrain) -> Path:

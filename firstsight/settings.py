@@ -159,6 +159,18 @@ def preset_views(name: str, size: int) -> Views:
     return PRESETS[small] if size < SMALL and small in PRESETS else PRESETS[name]
 
 
+def starting_point(defaults: Defaults, method_settings: Any, size: int) -> Pretrain:
+    """A method's settings before any file or flag: the paper's, with views for this `size`."""
+    values = shallow(defaults)
+    values["views"] = preset_views(values["views"], size)
+    return Pretrain(data="", size=size, method=method_settings, **values)
+
+
+def shallow(options: Any) -> dict[str, Any]:
+    """The fields of a dataclass by name, values untouched."""
+    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+
+
 T = TypeVar("T")
 
 

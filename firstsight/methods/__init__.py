@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import importlib
 import inspect
 import sys
@@ -12,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 from firstsight.errors import unknown
+from firstsight.settings import shallow
 
 if TYPE_CHECKING:
     from firstsight.methods.base import Method
@@ -48,8 +48,7 @@ def build(name: str, config: Pretrain, images: int) -> Method:
     method_class, settings_class = load(name)
     torch.manual_seed(config.seed)
     backbone = backbones.build(config.backbone, config.stem, config.size)
-    own = {f.name: getattr(config.method, f.name) for f in dataclasses.fields(config.method)}
-    method = method_class(settings_class(**own), backbone, images)
+    method = method_class(settings_class(**shallow(config.method)), backbone, images)
     if config.batch_norm == "global":
         distributed.globalised(method)
     return method

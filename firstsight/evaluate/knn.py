@@ -1,0 +1,146 @@
+"""k-nearest neighbours: the label of an image is voted by those of the images most like it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import firstsight
+from firstsight import checkpoint, distributed, methods
+from firstsight.backbones import Backbone
+from firstsight.errors import UserError
+from firstsight.features import Features, Reader, extract
+from firstsight.metrics import Metric, Weighting, knn_accuracy
+from firstsight.settings import Pretrain, merged, read_yaml
+from firstsight.sources import open_source
+from firstsight.sources.base import Source
+from firstsight.views import IMAGENET_MEAN, IMAGENET_STD, Views
+
+
+def knn(
+    checkpoint_spec: str,
+    *,
+    train: str,
+    test: str,
+    k: Sequence[int] = (1, 5, 20, 200),
+    temperature: float = 0.07,
+    weighting: Weighting = "softmax",
+    metric: Metric = "cosine",
+    layer: Literal["backbone", "embedding"] = "backbone",
+    size: int = 0,
+    train_images: int = 0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    batch_size: int = 256,
+    workers: int = 0,
+    device: str = "auto",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Accuracy in percent for every k, with all that it depends on (see `docs/evaluate.md`).
+
+    `size` 0 takes the side the backbone was pretrained with; `train_images` above 0 takes that many
+    of the bank, drawn by `seed`. Exact over all pairs. Raises `UserError` where labels are missing.
+    """
+    began = time.perf_counter()
+    where = distributed.start(device)
+    backbone, about = _network(checkpoint_spec, layer)
+    reader = Reader(
+        size=size or int(about.get("size", 224)),
+        mean=tuple(about.get("mean", IMAGENET_MEAN)),
+        std=tuple(about.get("std", IMAGENET_STD)),
+        precision=precision,
+        batch_size=batch_size,
+        workers=workers,
+    )
+    backbone.to(where)
+    banks = [_labelled("--train", train), _labelled("--test", test)]
+    bank = _features(backbone, banks[0], reader, train_images, seed)
+    queries = _features(backbone, banks[1], reader, 0, seed)
+    ks = sorted({min(one, len(bank.values)) for one in k})
+    figures = knn_accuracy(
+        bank.values,
+        bank.labels(banks[0]),
+        queries.values,
+        queries.labels(banks[1]),
+        ks,
+        weighting,
+        temperature,
+        metric,
+    )
+    best = max(ks, key=lambda one: figures[one]["top1"])
+    return {
+        "protocol": {
+            "checkpoint": checkpoint_spec,
+            "train": train,
+            "test": test,
+            "temperature": temperature,
+            "weighting": weighting,
+            "metric": metric,
+            "layer": layer,
+            "representation": "norm" if metric == "cosine" else "original",
+            "size": reader.size,
+            "precision": precision,
+            "seed": seed,
+            "versions": {"firstsight": firstsight.__version__, "torch": torch.__version__},
+        },
+        "k": {str(one): figures[one] for one in ks},
+        "best": {"k": best, "top1": figures[best]["top1"], "chosen_on": "the test images"},
+        "images": {"train": len(bank.values), "test": len(queries.values)},
+        "unreadable": {"train": bank.unreadable, "test": queries.unreadable},
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def _labelled(flag: str, spec: str) -> Source:
+    source = open_source(spec)
+    if source.labels is None:
+        raise UserError(f"{flag} {spec} has no labels, and k-NN needs them")
+    return source
+
+
+def _features(backbone: Backbone, source: Source, reader: Reader, count: int, seed: int) -> Features:
+    from firstsight.features import subset
+
+    return extract(backbone, source, reader, subset(source, count, seed) if count else None)
+
+
+class _Embedding(Backbone):
+    """A backbone whose features are the embedding that its method compared."""
+
+    def __init__(self, backbone: Backbone, projector: torch.nn.Module) -> None:
+        super().__init__()
+        self.name, self.stem = backbone.name, backbone.stem
+        self.stride = backbone.stride
+        self.backbone, self.projector = backbone, projector
+        last = [m for m in projector.modules() if isinstance(m, torch.nn.Linear)][-1]
+        self.width = last.out_features
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        return self.backbone.feature_map(images)
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.projector(self.backbone.features(images))  # type: ignore[no-any-return]
+
+
+def _network(spec: str, layer: str) -> tuple[Backbone, dict[str, Any]]:
+    if layer == "backbone":
+        return checkpoint.load_backbone(spec)
+    folder = Path(spec)
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"--layer embedding needs a run folder, and {spec} is none")
+    values = read_yaml(folder / "config.yaml")
+    name = str(values.pop("name"))
+    _, _, settings = methods.describe(name)
+    config = merged(Pretrain(data="", views=Views(), method=settings), values, str(folder))
+    state, _ = checkpoint.newest(folder / "checkpoints")
+    if state is None:
+        raise UserError(f"{folder} holds no checkpoint yet")
+    method = methods.build(name, config, 1)
+    checkpoint.load_state(method, state["method"], folder)
+    if not hasattr(method, "projector"):
+        raise UserError(f"{name} has no projector; use --layer backbone")
+    return _Embedding(method.backbone, method.get_submodule("projector")).eval(), state["about"]
