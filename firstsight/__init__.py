@@ -37,7 +37,7 @@ def pretrain(method: str, *, data: str, **settings: Any) -> Path:
 
     _, defaults, own = methods.describe(method)
     size = int(settings.get("size", 224))
-    start = starting_point(defaults, own, size)
+    start = starting_point(defaults, own, size, settings.get("epochs"))
     return run.pretrain(method, merged(start, {"data": data, **settings}, "pretrain"))
 
 

@@ -31,8 +31,9 @@ def pretrain(args: list[str]) -> None:
     summary, defaults, own = methods.describe(name)
     values, args = _config_file(args[1:])
     values.pop("name", None)
-    size = _whole("--size", _peeked(args, "--size") or values.get("size", settings.Pretrain.size))
-    start = settings.starting_point(defaults, own, size)
+    size = _number("--size", _peeked(args, "--size") or values.get("size"), int)
+    epochs = _number("--epochs", _peeked(args, "--epochs") or values.get("epochs"), float)
+    start = settings.starting_point(defaults, own, size or settings.Pretrain.size, epochs)
     start = settings.merged(start, values, "--config")
     config = _parsed(settings.Pretrain, args, f"pretrain {name}", summary, start)
     if not config.data:
@@ -227,11 +228,11 @@ def _json_file(args: list[str]) -> tuple[str | None, list[str]]:
     return _taken(args, "--json")
 
 
-def _whole(flag: str, value: Any) -> int:
+def _number(flag: str, value: Any, kind: type[T]) -> T | None:
     try:
-        return int(value)
-    except ValueError:
-        raise UserError(f"{flag} {value} is not a whole number") from None
+        return None if value is None else kind(value)  # type: ignore[call-arg]
+    except (TypeError, ValueError):
+        raise UserError(f"{flag} {value} is not a number ({kind.__name__})") from None
 
 
 def _show(

@@ -85,7 +85,7 @@ def mean(scalar: Tensor) -> float:
     """The mean of a scalar over all ranks."""
     if world() == 1:
         return scalar.item()
-    total = scalar.detach().float().clone()
+    total = scalar.detach().clone()
     dist.all_reduce(total)
     return total.item() / world()
 
@@ -168,8 +168,8 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         if not self.training or world() == 1:
             return super().forward(input)
         axes = [0, *range(2, input.ndim)]
-        rows = input.float()
-        count = torch.tensor([rows.numel() / rows.shape[1]], device=rows.device)
+        rows = input if input.dtype == torch.float64 else input.float()
+        count = rows.new_tensor([rows.numel() / rows.shape[1]])
         sums = torch.cat([rows.sum(axes), count])
         sums = cast(Tensor, _Sum.apply(sums))
         n = sums[-1].detach()
@@ -200,6 +200,7 @@ def globalised(module: nn.Module) -> nn.Module:
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
             norm = GlobalBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
             norm.load_state_dict(child.state_dict())
+            norm.weight, norm.bias = child.weight, child.bias  # frozen ones stay frozen
             setattr(module, name, norm)
         else:
             globalised(child)

@@ -6,6 +6,7 @@ What happens once in a while (a line in the log, a reading, a checkpoint) is an 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import signal
 import time
@@ -178,9 +179,12 @@ def parallel(method: Method, device: torch.device) -> nn.Module:
     """The method as one of W replicas that average their gradients; itself when alone."""
     if distributed.world() == 1:
         return method
+    # each rank keeps batch-norm statistics of its own: nothing is overwritten from rank 0.
+    # Newer releases of torch have another name for that
+    known = inspect.signature(DistributedDataParallel).parameters
+    keep = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     devices = [device] if device.type == "cuda" else None
-    # each rank keeps batch-norm statistics of its own: nothing is overwritten from rank 0
-    return DistributedDataParallel(method, device_ids=devices, broadcast_buffers=False)
+    return DistributedDataParallel(method, device_ids=devices, **{keep: False})
 
 
 def due(done: int, steps: int, times: int) -> bool:

@@ -7,6 +7,7 @@ So a run can go on at any step, with any number of workers and ranks, and see th
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ class Steps(Dataset[Any]):
     def batch(self, step: int) -> Batch:
         """The batch of one step."""
         index = np.array_split(self.order.indices(step), self.world)[self.rank]
-        sizes = self.views.view_sizes(self.size)  # V sides in pixels
+        sizes = self.views.sides(self.size)  # V sides in pixels
         pictures = [np.empty((len(index), side, side, 3), np.uint8) for side in sizes]
         crops = np.empty((len(index), len(sizes), 4), np.float32)
         flips = np.empty((len(index), len(sizes)), bool)
@@ -125,6 +126,10 @@ def _quiet_worker() -> None:
 
 
 def _single_thread(worker: int) -> None:
+    # Ctrl-C and SIGTERM reach the whole process group; the main process ends its workers itself,
+    # after the step that it is in
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
     _quiet_worker()
 

@@ -10,9 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def float32(tensor: Tensor) -> AbstractContextManager[None]:
+def uncast(tensor: Tensor) -> AbstractContextManager[None]:
     """A context without autocast on the device of `tensor`: losses are computed in full."""
     return torch.autocast(tensor.device.type, enabled=False)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 where it is so already."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
@@ -26,6 +31,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
     def __init__(self, norm: nn.BatchNorm2d, splits: int) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
         self.load_state_dict(norm.state_dict())
+        self.weight, self.bias = norm.weight, norm.bias  # frozen ones stay frozen
         self.splits = splits
 
     def forward(self, input: Tensor) -> Tensor:

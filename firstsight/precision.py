@@ -54,7 +54,7 @@ def _rate(name: str, config: Pretrain, precision: str, layout: str) -> float:
     method = method.to(device, memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
     views = tuple(
         torch.randn(count, 3, side, side, device=device).contiguous(memory_format=LAYOUTS[layout])
-        for side in config.views.view_sizes(config.size)
+        for side in config.views.sides(config.size)
     )
     none = torch.zeros(count, device=device)
     batch = Batch(views=views, crops=(none,) * len(views), flips=(none,) * len(views), index=none)

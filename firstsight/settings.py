@@ -18,7 +18,7 @@ import yaml
 from firstsight.errors import UserError, unknown
 from firstsight.views import PRESETS, Views
 
-SMALL = 96
+SMALL = 64
 """Views of fewer pixels a side take the small-image presets, without blur."""
 
 
@@ -159,10 +159,18 @@ def preset_views(name: str, size: int) -> Views:
     return PRESETS[small] if size < SMALL and small in PRESETS else PRESETS[name]
 
 
-def starting_point(defaults: Defaults, method_settings: Any, size: int) -> Pretrain:
-    """A method's settings before any file or flag: the paper's, with views for this `size`."""
+def starting_point(
+    defaults: Defaults, method_settings: Any, size: int, epochs: float | None
+) -> Pretrain:
+    """A method's settings before any file or flag: the paper's.
+
+    Views are those for this `size`; fewer `epochs` than the paper's shorten the warm-up with them.
+    """
     values = shallow(defaults)
-    values["views"] = preset_views(values["views"], size)
+    values["views"] = preset_views(defaults.views, size)
+    if epochs is not None and epochs < defaults.epochs:
+        values["warmup_epochs"] = defaults.warmup_epochs * epochs / defaults.epochs
+        values["epochs"] = epochs
     return Pretrain(data="", size=size, method=method_settings, **values)
 
 

@@ -11,14 +11,15 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 
 from firstsight import backbones
 from firstsight.backbones import Backbone
 from firstsight.errors import UserError
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let `write` fill a file that appears under its name only when it is whole on the disk."""
     part = path.with_name(f".{path.name}.part")
     try:
@@ -37,7 +38,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
     text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda file: None if file.write(text.encode()) else None)
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -103,14 +104,8 @@ def load_state(module: torch.nn.Module, state: dict[str, Any], path: Path | str)
 def save_backbone(path: Path, backbone: Backbone, about: dict[str, Any]) -> None:
     """Write the backbone's weights as safetensors; `about` (what it is) goes in as text."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _weights(backbone).items()}
-    metadata = {"format": "pt", "firstsight": json.dumps(about)}
-    part = path.with_name(f".{path.name}.part")
-    try:
-        save_file(weights, part, metadata)
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({_first_line(error)}); make room and run again") from error
+    whole = serialize(weights, {"format": "pt", "firstsight": json.dumps(about)})
+    write_atomically(path, lambda file: file.write(whole))
 
 
 def _weights(backbone: Backbone) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from firstsight import distributed
 from firstsight.backbones import Backbone
 from firstsight.batch import Batch
 from firstsight.methods.base import Method, Output
-from firstsight.nets import MomentumEncoder, Queue, float32, split_batch_norm
+from firstsight.nets import MomentumEncoder, Queue, full, split_batch_norm, uncast
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # Chen et al., section 3, and the authors' code
@@ -56,8 +56,8 @@ def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: floa
 
     queries, keys (B, D) and negatives (K, D) are unit vectors (He et al. 2020, equation 1).
     """
-    with float32(queries):
-        queries, keys, negatives = queries.float(), keys.float(), negatives.float()
+    with uncast(queries):
+        queries, keys, negatives = full(queries), full(keys), full(negatives)
         positive = (queries * keys).sum(dim=1, keepdim=True)  # (B, 1)
         negative = queries @ negatives.T  # (B, K)
         logits = torch.cat([positive, negative], dim=1) / temperature  # (B, 1 + K)
@@ -110,9 +110,9 @@ class MoCoV2(Method):
         deal (He et al., section 3.3).
         """
         if distributed.world() * self.config.splits == 1:
-            return F.normalize(self.momentum_encoder(view).float(), dim=1)
+            return F.normalize(full(self.momentum_encoder(view)), dim=1)
         order = distributed.permutation(view)  # (WB,)
-        keys = self.momentum_encoder(distributed.shuffled(view, order)).float()
+        keys = full(self.momentum_encoder(distributed.shuffled(view, order)))
         return F.normalize(distributed.unshuffled(keys, order), dim=1)
 
     def after_step(self, progress: float, lr: float) -> None:

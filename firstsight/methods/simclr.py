@@ -21,7 +21,7 @@ from firstsight import distributed
 from firstsight.backbones import Backbone
 from firstsight.batch import Batch
 from firstsight.methods.base import Method, Output
-from firstsight.nets import float32
+from firstsight.nets import full, uncast
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # Chen et al., appendix B; sgd here in place of LARS, with its usual rate
@@ -54,8 +54,8 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     first, second (B, D): row i of both comes from image i; they are normalised inside. Over ranks
     each embedding of this rank is compared with those of all ranks (Chen et al. 2020, equation 1).
     """
-    with float32(first):
-        first, second = F.normalize(first.float(), dim=1), F.normalize(second.float(), dim=1)
+    with uncast(first):
+        first, second = F.normalize(full(first), dim=1), F.normalize(full(second), dim=1)
         every = torch.cat([distributed.gather(first), distributed.gather(second)])  # (2WB, D)
         own = distributed.rank() * len(first) + torch.arange(len(first), device=first.device)
         other = own + len(every) // 2

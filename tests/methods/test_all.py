@@ -1,0 +1,199 @@
+"""What holds for every method; a new file in firstsight/methods is enrolled by existing."""
+
+import dataclasses
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from firstsight import distributed, engine, methods, run
+from firstsight.batch import Batch
+from firstsight.nets import MomentumEncoder
+from tests.tiny import Patches, config
+
+NAMES = methods.names()
+
+
+def batch_of(count, views, sides, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pictures = tuple(torch.randn(count, 3, s, s, generator=generator) for s in sides)
+    crops = tuple(torch.tensor([[2.0, 3.0, 30.0, 33.0]]).repeat(count, 1) for _ in sides)
+    flips = tuple(torch.zeros(count, dtype=torch.bool) for _ in sides)
+    return Batch(views=pictures, crops=crops, flips=flips, index=torch.arange(count))
+
+
+def built(name, tmp_path, **values):
+    settings = config(name, tmp_path, **values)
+    method = methods.build(name, settings, images=48)
+    with torch.no_grad():  # timm starts residual branches at zero, where no gradient passes yet
+        for key, parameter in method.named_parameters():
+            if key.endswith("weight") and not parameter.any():
+                parameter.fill_(0.5)
+    return method, settings
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_has_a_formula_test_and_a_paper(name):
+    assert (Path(__file__).parent / f"test_{name}.py").exists()
+    page = Path(methods.__file__).with_name(f"{name}.py").read_text().split('"""')[1]
+    assert "https://arxiv.org/abs/" in page and "Shapes:" in page
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_shown_by_help_are_those_of_the_method(name):
+    _, defaults, light = methods.describe(name)
+    _, real = methods.load(name)
+    assert dataclasses.asdict(light) == dataclasses.asdict(real())
+    assert defaults.epochs > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_reach_exactly_what_is_trained(name, tmp_path):
+    method, settings = built(name, tmp_path)
+    sides = settings.views.sides(settings.size)
+    output = method(batch_of(8, len(sides), sides))
+    output.loss.backward()
+    for key, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
+        else:
+            assert parameter.grad is None, key
+    assert all(p.requires_grad for p in method.backbone.parameters())
+    assert not output.features.requires_grad
+    assert output.features.shape == (8, method.backbone.width)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_momentum_encoder_is_really_used_and_moves_alone(name, tmp_path):
+    method, settings = built(name, tmp_path)
+    copies = [m for m in method.modules() if isinstance(m, MomentumEncoder)]
+    if not copies:
+        pytest.skip(f"{name} has no momentum encoder")
+    sides = settings.views.sides(settings.size)
+    batch = batch_of(8, len(sides), sides)
+    state = {k: v.clone() for k, v in method.state_dict().items()}
+    before = method(batch).loss.item()
+    method.load_state_dict(state)
+    with torch.no_grad():
+        for parameter in copies[0].parameters():
+            parameter.add_(torch.randn_like(parameter))
+    assert abs(method(batch).loss.item() - before) > 1e-4
+    assert not any(p.requires_grad for p in copies[0].parameters())
+
+
+def _one_rank(rank, world, port, name, folder, overrides):
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    distributed.start("cpu")
+    result = _gradients(name, folder, overrides, rank, world)
+    torch.save(result, f"{folder}/rank-{rank}.pt")
+    distributed.stop()
+
+
+def _gradients(name, folder, overrides, rank=0, world=1):
+    settings = config(name, Path(folder), **overrides)
+    method = methods.build(name, settings, images=48).double()  # no flips of a ReLU by rounding
+    model = engine.parallel(method, torch.device("cpu"))
+    sides = settings.views.sides(settings.size)
+    whole = batch_of(8, len(sides), sides)
+    share = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    part = Batch(
+        views=tuple(v[share].double() for v in whole.views),
+        crops=tuple(c[share] for c in whole.crops),
+        flips=tuple(f[share] for f in whole.flips),
+        index=whole.index[share],
+    )
+    torch.manual_seed(5)  # the engine seeds each step; rank 0 decides what ranks share
+    loss = model(part).loss
+    loss.backward()
+    grads = {k: p.grad for k, p in method.named_parameters() if p.grad is not None}
+    buffers = {k: b for k, b in method.named_buffers() if "running" not in k and "batches" not in k}
+    return distributed.mean(loss.detach()), grads, buffers
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_are_one_process_on_the_same_batch(name, tmp_path):
+    """Loss, gradients and queues; per-rank batch-norm is emulated by splits of the batch."""
+    _, defaults, own = methods.describe(name)
+    splits = hasattr(own, "splits")
+    if not splits:
+        assert defaults.batch_norm == "global"
+    loss, grads, buffers = _gradients(
+        name, str(tmp_path), {"method": {"splits": 2}} if splits else {}
+    )
+    context = multiprocessing.get_context("spawn")
+    port = free_port()
+    ranks = [
+        context.Process(target=_one_rank, args=(r, 2, port, name, str(tmp_path), {}))
+        for r in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(180)
+        assert process.exitcode == 0
+    for rank in range(2):
+        got_loss, got_grads, got_buffers = torch.load(tmp_path / f"rank-{rank}.pt")
+        assert got_loss == pytest.approx(loss, rel=1e-10)
+        assert got_grads.keys() == grads.keys()
+        for key, grad in grads.items():
+            torch.testing.assert_close(got_grads[key], grad, atol=1e-9, rtol=1e-7, msg=key)
+        for key, buffer in buffers.items():
+            torch.testing.assert_close(got_buffers[key], buffer, atol=1e-9, rtol=1e-7, msg=key)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("at", [1, 4, 5, 9, 11])
+def test_a_resumed_run_ends_where_an_unbroken_run_ends(name, at, tmp_path, monkeypatch):
+    """Bit for bit, with another number of workers: weights, optimiser, queue, log."""
+    source = Patches(48)  # 6 steps an epoch, 12 in all, a checkpoint after every third
+
+    def ended(folder, workers=0):
+        settings = config(name, tmp_path / folder, workers=workers)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        engine.pretrain(name, settings, source, None, tmp_path / folder)
+        return torch.load(tmp_path / folder / "checkpoints" / "last")
+
+    whole = ended("whole")
+    calls = iter(range(100))
+    real = engine.on_device
+
+    def failing(*arguments):
+        if next(calls) == at:
+            raise Interrupted
+        return real(*arguments)
+
+    monkeypatch.setattr(engine, "on_device", failing)
+    with pytest.raises(Interrupted):
+        ended("broken")
+    monkeypatch.setattr(engine, "on_device", real)
+    resumed = ended("broken", workers=2)
+    assert resumed["step"] == whole["step"] == 12
+    for key, tensor in whole["method"].items():
+        assert torch.equal(tensor, resumed["method"][key]), key
+    for key, slots in whole["optimizer"]["state"].items():
+        for slot, value in slots.items():
+            other = resumed["optimizer"]["state"][key][slot]
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other)), (key, slot)
+
+    def steps(folder):
+        records = run.read_log(tmp_path / folder / "log.jsonl")
+        return [(r["step"], r["loss"], r["lr"]) for r in records]
+
+    assert steps("whole") == steps("broken")
+    assert [step for step, _, _ in steps("broken")] == list(range(1, 13))
