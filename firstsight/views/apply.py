@@ -180,7 +180,7 @@ def gaussian_blur(pixels: Pixels, sigma: float, out: Pixels | None = None) -> Pi
     """A true Gaussian of standard deviation `sigma` pixels, cut at three sigma, mirrored edges.
 
     Reference: `gaussian_blur` of torchvision with a wide kernel. Pillow's GaussianBlur, which MoCo
-    uses, is three box filters instead: on photographs about one grey level away on average.
+    uses, is three box filters instead: on photographs 0.4 to 1 grey level away on average.
     """
     return _array(cv2.GaussianBlur(pixels, (0, 0), sigma, dst=out))
 
