@@ -3,10 +3,11 @@ downloaded to see the whole road, and small enough to walk it in minutes on a CP
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
-import tempfile
+import uuid
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -130,18 +131,17 @@ def _load(file: Path, count: int) -> NDArray[np.void] | None:
 
 def _save(file: Path, rows: NDArray[np.void]) -> None:
     """Writes the rows and, behind them, their checksum; at once or not at all."""
+    # Not by `tempfile`, whose files nobody else may read: users of one machine can share a cache.
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-    except OSError:
-        return  # no cache then
-    try:
-        with os.fdopen(handle, "wb") as opened:
+        with open(temporary, "xb") as opened:
             np.save(opened, rows)
             opened.write(_checksum(rows).to_bytes(4, "little"))
         os.replace(temporary, file)
-    except OSError:  # the disk is full
-        os.unlink(temporary)
+    except OSError:  # not writable, or full: no cache then
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _checksum(rows: NDArray[np.void]) -> int:
