@@ -25,6 +25,7 @@ from firstsight.settings import (
     merged,
     plain,
     read_yaml,
+    starting_point,
     write_yaml,
 )
 from firstsight.sources import open_source
@@ -69,6 +70,32 @@ def pretrain(name: str, config: Pretrain) -> Path:
             write_report([out], out / "report.html")
             say(f"{out}: {_in_short(out)}; report in {out / 'report.html'}")
     return out
+
+
+def demo(out: str, seed: int, epochs: float) -> Path:
+    """The main job on generated scenes, with settings that show it in minutes on two cores."""
+    _, defaults, own = methods.describe("simclr")
+    config = merged(
+        starting_point(defaults, own, DEMO["size"], epochs or DEMO["epochs"]),
+        {**DEMO, "epochs": epochs or DEMO["epochs"], "out": out, "seed": seed},
+        "demo",
+    )
+    return pretrain("simclr", config)
+
+
+DEMO: dict[str, Any] = {
+    "data": "scenes:train",
+    "probe_test": "scenes:test",
+    "backbone": "resnet18",
+    "size": 48,
+    "epochs": 8.0,
+    "batch_size": 128,
+    "base_lr": 0.12,
+    "probe_readings": 4,
+    "probe_images": 1000,
+    "method": {"temperature": 0.2},
+}
+"""Settings of the demo where they differ from the method's own."""
 
 
 def _next_free(name: str) -> Path:

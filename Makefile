@@ -1,0 +1,28 @@
+# make demo, make test: both set up .venv first; all else is for those who work on the project.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test slow lint setup
+
+demo: .venv/ready
+	$(BIN)/firstsight demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+slow: .venv/ready
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check firstsight tests benchmarks
+	$(BIN)/ruff format --check firstsight tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "firstsight needs Python 3.10 or newer; use make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@

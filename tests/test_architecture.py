@@ -1,0 +1,83 @@
+"""The shape of the house: what imports what, what is public, how much a reader has to open."""
+
+import ast
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+import firstsight
+from firstsight import methods, settings
+from firstsight.views import PRESETS, Views
+
+PACKAGE = Path(firstsight.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_public_names_are_sorted_and_found():
+    assert firstsight.__all__ == ["load_backbone", "open_source", "pretrain"]
+    for name in firstsight.__all__:
+        assert callable(getattr(firstsight, name))
+
+
+def test_distributed_calls_live_in_one_file():
+    for path in FILES:
+        text = path.read_text()
+        if path.name != "distributed.py":
+            assert "torch.distributed" not in text and not re.search(r"\bdist\.", text), path
+        assert ".cuda(" not in text, path
+
+
+def test_from_the_command_to_the_loss_of_moco_v2_is_a_short_read():
+    read = ["methods/mocov2.py", "engine.py", "nets.py", "methods/base.py", "optim.py"]
+    lines = {name: len((PACKAGE / name).read_text().splitlines()) for name in read}
+    assert sum(lines.values()) <= 650, lines
+    assert lines["methods/mocov2.py"] <= 150
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_is_one_short_file(name):
+    assert len((PACKAGE / "methods" / f"{name}.py").read_text().splitlines()) <= 200
+
+
+def configs():
+    yield settings.Pretrain
+    yield settings.Defaults
+    yield Views
+    for name in methods.names():
+        yield methods.load(name)[1]
+
+
+def test_settings_are_frozen_and_every_flag_has_help():
+    for config in configs():
+        assert config.__dataclass_params__.frozen and config.__dataclass_params__.kw_only
+    undocumented = []
+    for path in [PACKAGE / "settings.py", PACKAGE / "cli.py", PACKAGE / "views/__init__.py",
+                 *(PACKAGE / "methods").glob("[!_]*.py")]:  # fmt: skip
+        for node in ast.parse(path.read_text()).body:
+            if not isinstance(node, ast.ClassDef) or node.name in ("Defaults", "Output", "Method"):
+                continue
+            for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+                documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                if isinstance(field, ast.AnnAssign) and not documented:
+                    undocumented.append(f"{path.name} {node.name}.{ast.unparse(field.target)}")
+    assert not undocumented
+
+
+def test_presets_are_views_and_defaults_name_presets():
+    for name in methods.names():
+        assert methods.describe(name)[1].views in PRESETS
+    assert all(dataclasses.is_dataclass(preset) for preset in PRESETS.values())
+
+
+def test_small_images_take_presets_without_blur():
+    assert settings.preset_views("mocov2", 32).blur == (0.0,)
+    assert settings.preset_views("mocov2", 64) == PRESETS["mocov2"]
+
+
+def test_short_runs_shorten_the_warm_up_with_them():
+    _, defaults, own = methods.describe("simclr")
+    assert settings.starting_point(defaults, own, 224, None).warmup_epochs == 10
+    assert settings.starting_point(defaults, own, 224, 10).warmup_epochs == 1
+    assert settings.starting_point(defaults, own, 224, 1000).warmup_epochs == 10

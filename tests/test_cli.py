@@ -1,0 +1,156 @@
+"""What people type: help at once, one sentence for what they can mend, exit code 2."""
+
+import dataclasses
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from PIL import Image
+
+from firstsight import cli, settings
+from firstsight.errors import UserError
+
+
+def failing(capsys, *args):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(list(args))
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_help_and_flags_come_without_torch():
+    script = (
+        "import sys\nfrom firstsight import cli\n"
+        "for args in ([], ['pretrain'], ['pretrain', 'mocov2', '--help'], ['evaluate', 'knn', '-h']):\n"
+        "    try:\n        cli.main(args)\n    except SystemExit as error:\n"
+        "        assert not error.code\n"
+        "assert 'torch' not in sys.modules, 'torch'\nassert 'cv2' not in sys.modules, 'cv2'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--method.queue-size" in done.stdout and "65536" in done.stdout
+    assert "number of past keys" in done.stdout  # the help of a field is its docstring
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["pretrian"], "no command called 'pretrian' (did you mean 'pretrain'?)"),
+        (["pretrain", "mocov3x"], "no method called 'mocov3x' (did you mean 'mocov2'?)"),
+        (["pretrain", "mocov2", "--data", "x", "--epohcs", "3"], "--epochs"),
+        (["pretrain", "mocov2", "--data", "x", "--epochs", "many"], "many"),
+        (["pretrain", "mocov2", "--data", "x", "--batch-size", "2.5"], "2.5"),
+        (["pretrain", "mocov2", "--optimizer", "lions"], "lions"),
+        (["pretrain", "mocov2"], "use --data SOURCE"),
+        (["pretrain", "mocov2", "--data", "x", "--epochs", "-1"], "--epochs must be above 0"),
+        (["pretrain", "mocov2", "--data", "x", "--config"], "--config needs a file"),
+        (["evaluate", "kmm"], "no reading called 'kmm' (did you mean 'knn'?)"),
+    ],
+)
+def test_what_a_user_can_mend_is_said_with_exit_code_2(args, said, capsys):
+    err = failing(capsys, *args)
+    assert said in err and "Traceback" not in err
+
+
+def test_a_config_file_gives_way_to_flags_and_refuses_what_it_does_not_know(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text("epochs: 7\nweight_decay: 1e-6\nviews: {min-scale: [0.3]}\nmethod: {dim: 64}\n")
+    values = settings.read_yaml(file)
+    assert values["weight_decay"] == "1e-6"  # YAML 1.1 reads it so
+    from firstsight import methods
+
+    _, defaults, own = methods.describe("mocov2")
+    start = settings.merged(settings.starting_point(defaults, own, 224, 7), values, str(file))
+    assert start.weight_decay == 1e-6 and start.epochs == 7.0
+    assert start.views.min_scale == (0.3,) and start.method.dim == 64
+    parsed = cli._parsed(
+        settings.Pretrain, ["--epochs", "9", "--views/gray", "0.1"], "pretrain", None, start
+    )
+    assert parsed.epochs == 9.0 and parsed.views.gray == 0.1 and parsed.method.dim == 64
+    file.write_text("method: {temprature: 1}\n")
+    err = failing(capsys, "pretrain", "mocov2", "--config", str(file))
+    assert "did you mean 'temperature'?" in err
+    file.write_text("epochs: soon\n")
+    assert "soon" in failing(capsys, "pretrain", "mocov2", "--config", str(file))
+    file.write_text("size: !!python/object/apply:os.system ['true']\n")
+    assert "not plain YAML" in failing(capsys, "pretrain", "mocov2", "--config", str(file))
+
+
+def test_a_resolved_config_replays_itself(tmp_path):
+    from firstsight import methods
+
+    for name in methods.names():
+        _, defaults, own = methods.describe(name)
+        start = settings.starting_point(defaults, own, 32, None)
+        changed = dataclasses.replace(start, lr=1e-7, out="x", probe_test="scenes:test")
+        values = yaml.safe_load(yaml.safe_dump(settings.plain(changed)))
+        assert settings.merged(start, values, "replay") == changed
+
+
+def test_options_of_a_command_are_the_parameters_of_its_function():
+    from firstsight.evaluate import knn
+
+    parameters = inspect.signature(knn).parameters
+    for field in dataclasses.fields(cli.Knn):
+        if field.name == "checkpoint":
+            continue
+        default = parameters[field.name].default
+        if field.default is dataclasses.MISSING:
+            assert default is inspect.Parameter.empty
+        else:
+            assert default == field.default
+    assert len(parameters) == len(dataclasses.fields(cli.Knn))
+
+
+def test_bad_sources_are_one_sentence(tmp_path, capsys):
+    base = ["pretrain", "simclr", "--backbone", "timm:test_resnet", "--size", "32"]
+    base += ["--out", str(tmp_path / "run"), "--device", "cpu", "--data"]
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in failing(capsys, *base, str(tmp_path / "empty"))
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "one" / "a.png")
+    err = failing(capsys, *base, str(tmp_path / "one"))
+    assert "1 images do not fill a batch of 256; use --batch-size 1" in err
+    assert "nowhere" in failing(capsys, *base, "nowhere")
+
+
+def test_an_unknown_backbone_is_named_with_its_nearest_match(tmp_path, capsys):
+    base = ["pretrain", "simclr", "--data", "scenes:train@300", "--out", str(tmp_path / "r")]
+    assert "did you mean 'resnet18'" in failing(capsys, *base, "--backbone", "resnet-18")
+    assert "vit_tiny" in failing(capsys, *base, "--backbone", "timm:vit_tinny_patch16_224")
+
+
+def test_knn_needs_a_checkpoint_and_labels(tmp_path, capsys):
+    assert "no checkpoint nothing" in failing(
+        capsys, "evaluate", "knn", "nothing", "--train", "scenes:train@20", "--test", "scenes:test@20"
+    )
+    for name in ("a", "b"):
+        Image.new("RGB", (40, 40)).save(tmp_path / f"{name}.png")
+    args = ["evaluate", "knn", "random:resnet18", "--train", str(tmp_path), "--test", "scenes:test@20"]
+    assert "has no labels" in failing(capsys, *args)
+
+
+def test_knn_writes_what_it_prints(tmp_path, capsys):
+    out = tmp_path / "knn.json"
+    cli.main(
+        ["evaluate", "knn", "random:resnet18", "--train", "scenes:train@60", "--test", "scenes:test@30"]
+        + ["--size", "32", "--k", "1", "5", "1000", "--json", str(out)]
+    )
+    result = json.loads(out.read_text())
+    assert list(result["k"]) == ["1", "5", "60"]  # more neighbours than images are all images
+    assert result["images"] == {"train": 60, "test": 30}
+    assert result["protocol"]["temperature"] == 0.07 and "versions" in result["protocol"]
+    assert f"{result['k']['5']['top1']:.2f}" in capsys.readouterr().out
+
+
+def test_the_same_from_python():
+    import firstsight
+
+    assert firstsight.__all__ == sorted(firstsight.__all__)
+    with pytest.raises(UserError, match="did you mean 'epochs'"):
+        firstsight.pretrain("simclr", data="scenes:train@64", epohcs=1)
+    backbone = firstsight.load_backbone("random:resnet18")
+    assert (backbone.width, backbone.stride, backbone.name) == (512, 32, "resnet18")

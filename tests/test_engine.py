@@ -1,0 +1,245 @@
+"""The loop in rough weather: bad files, bad losses, full disks, signals, readings."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from firstsight import checkpoint, engine, loader, run
+from firstsight.errors import UserError
+from firstsight.features import Reader, extract, subset
+from firstsight.log import read_log
+from firstsight.probe import KnnProbe
+from tests.tiny import Patches, config
+
+
+def train(folder, source=None, probe=None, **values):
+    settings = config("simclr", folder, **values)
+    folder.mkdir(exist_ok=True, parents=True)
+    return engine.pretrain("simclr", settings, source or Patches(), probe, folder)
+
+
+def steps_of(source, workers, count=3, size=32):
+    settings = config("simclr", "unused")
+    order = loader.Epochs(len(source), 8, 0)
+    steps = loader.Steps(
+        source=source, views=settings.views, size=size, order=order, seed=0, rank=0, world=1
+    )
+    return list(loader.batches(steps, 0, count, workers))
+
+
+def test_views_do_not_depend_on_the_number_of_workers():
+    for one, other in zip(steps_of(Patches(), 0), steps_of(Patches(), 2), strict=True):
+        assert torch.equal(one.index, other.index)
+        for a, b in zip(one.views + one.crops, other.views + other.crops, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_ranks_share_out_the_batch_of_one_process():
+    settings = config("simclr", "unused")
+    order = loader.Epochs(48, 8, 0)
+    common = dict(source=Patches(), views=settings.views, size=32, order=order, seed=0)
+    whole = loader.Steps(**common, rank=0, world=1).batch(2)
+    parts = [loader.Steps(**common, rank=r, world=2).batch(2) for r in range(2)]
+    for v in range(2):
+        assert torch.equal(whole.views[v], torch.cat([part.views[v] for part in parts]))
+    assert torch.equal(whole.index, torch.cat([part.index for part in parts]))
+
+
+def test_a_bad_file_is_named_and_replaced_by_always_the_same_one():
+    bad = Patches(unreadable=(5, 17))
+    first, again = steps_of(bad, 0, count=6), steps_of(bad, 2, count=6)
+    named = {name for batch in first for name in batch.bad}
+    assert named == {"patch-5.png", "patch-17.png"}
+    good = steps_of(Patches(), 0, count=6)
+    for a, b, c in zip(first, again, good, strict=True):
+        assert torch.equal(a.views[0], b.views[0])
+        for slot, index in enumerate(a.index.tolist()):
+            same = torch.equal(a.views[0][slot], c.views[0][slot])
+            assert same == (index not in (5, 17))  # all others are as if nothing had happened
+
+
+def test_too_many_bad_files_stop_the_run_and_are_counted(tmp_path, capsys):
+    with pytest.raises(UserError, match=r"of 48 images cannot be decoded.*--max-bad"):
+        train(tmp_path / "a", Patches(unreadable=(3, 4, 5)))
+    train(tmp_path / "b", Patches(unreadable=(3, 4)), max_bad=0.1)
+    assert read_log(tmp_path / "b" / "log.jsonl")[-1]["bad_images"] == 2
+    assert "cannot decode patch-3.png" in capsys.readouterr().err
+
+
+def test_nothing_readable_at_all_is_one_sentence():
+    with pytest.raises(UserError, match="cannot be decoded"):
+        steps_of(Patches(unreadable=tuple(range(48))), 0, count=1)
+
+
+def test_a_nonfinite_loss_stops_the_run_with_the_last_good_checkpoint(tmp_path, monkeypatch):
+    real, calls = engine.on_device, iter(range(100))
+
+    def poisoned(*arguments):
+        batch = real(*arguments)
+        if next(calls) == 7:
+            return dataclasses.replace(batch, views=(batch.views[0] * torch.nan, batch.views[1]))
+        return batch
+
+    monkeypatch.setattr(engine, "on_device", poisoned)
+    with pytest.raises(UserError) as caught:
+        train(tmp_path)
+    text = str(caught.value)
+    assert "nan at step 7" in text and "step-00000006.pt" in text
+    assert "running_mean" in text or "gradient of" in text
+    state = checkpoint.read(tmp_path / "checkpoints" / "last")
+    assert state["step"] == 6
+    assert all(t.isfinite().all() for t in state["method"].values())
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    """In a process of its own that may write no file of more than 300 kB."""
+    checkpoint.save(tmp_path, 1, {"step": 1, "x": torch.zeros(10)}, keep=2)
+    script = f"""
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+import torch
+from pathlib import Path
+from firstsight import checkpoint
+from firstsight.errors import UserError
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+try:
+    checkpoint.save(Path({str(tmp_path)!r}), 2, {{"step": 2, "x": torch.randn(200_000)}}, keep=1)
+except UserError as error:
+    print("refused:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "refused: cannot write" in done.stdout and "make room" in done.stdout, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step-00000001.pt"]
+    assert checkpoint.read(tmp_path / "last")["step"] == 1
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, capsys):
+    train(tmp_path, keep=3)
+    newest = (tmp_path / "checkpoints" / "last").resolve()
+    newest.write_bytes(newest.read_bytes()[:5000])
+    method, done, steps = train(tmp_path, keep=3)
+    assert done == steps == 12
+    assert "is not a readable checkpoint" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_by_name(tmp_path):
+    train(tmp_path)
+    with pytest.raises(UserError, match=r"another architecture: .*check --backbone and --stem"):
+        train(tmp_path, backbone="resnet18", epochs=3.0)
+
+
+def test_other_images_are_refused(tmp_path):
+    train(tmp_path)
+    with pytest.raises(UserError, match="no longer holds the images"):
+        train(tmp_path, Patches(49), epochs=3.0)
+
+
+def test_a_hostile_checkpoint_executes_nothing(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/owned",)
+
+    torch.save({"step": 1, "x": Evil()}, tmp_path / "step-00000001.pt")
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        checkpoint.read(tmp_path / "step-00000001.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def probe_of(source):
+    reader = Reader(size=32, batch_size=16)
+    return KnnProbe(
+        train=source, test=source, reader=reader, k=3, temperature=0.07, images=12, seed=0
+    )
+
+
+def test_readings_leave_no_trace_in_the_run(tmp_path):
+    train(tmp_path / "plain")
+    train(tmp_path / "read", probe=probe_of(Patches()), probe_readings=4)
+    plain, read = (
+        torch.load(tmp_path / name / "checkpoints" / "last")["method"] for name in ("plain", "read")
+    )
+    assert all(torch.equal(plain[key], read[key]) for key in plain)
+    records = read_log(tmp_path / "read" / "log.jsonl")
+    assert [r["step"] for r in records if "knn" in r] == [0, 12]
+    assert [r["step"] for r in records if "knn_quick" in r] == [3, 6, 9]
+
+
+def test_features_are_those_of_the_images_that_can_be_read():
+    from firstsight.backbones import build
+
+    torch.manual_seed(0)
+    backbone = build("timm:test_resnet", size=32)
+    reader = Reader(size=32, batch_size=7)
+    whole = extract(backbone, Patches(20), reader)
+    part = extract(backbone, Patches(20, unreadable=(4, 11)), reader)
+    assert part.unreadable == 2 and whole.unreadable == 0
+    assert part.index.tolist() == [i for i in range(20) if i not in (4, 11)]
+    torch.testing.assert_close(part.values, whole.values[part.index], atol=1e-5, rtol=1e-4)
+    some = extract(backbone, Patches(20), reader, np.array([9, 2]))
+    assert some.index.tolist() == [2, 9]
+    assert backbone.training
+    assert len(set(subset(Patches(20), 5, 0).tolist())) == 5
+
+
+def test_moments_of_a_run_are_evenly_spread():
+    assert [d for d in range(1, 13) if engine.due(d, 12, 4)] == [3, 6, 9, 12]
+    assert [d for d in range(1, 8) if engine.due(d, 7, 3)] == [3, 5, 7]
+    assert [d for d in range(1, 4) if engine.due(d, 3, 10)] == [1, 2, 3]
+    assert not engine.due(5, 5, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_run_that_goes_on_to_the_same_end(number, tmp_path):
+    """A real process, a real signal, loader workers and all."""
+
+    def command(folder):
+        return [
+            *(sys.executable, "-m", "firstsight", "pretrain", "simclr"),
+            *("--data", "scenes:train@256", "--backbone", "timm:test_resnet", "--size", "32"),
+            *("--epochs", "6", "--batch-size", "16", "--out", str(folder), "--workers", "1"),
+            *("--log-every", "1", "--precision", "fp32", "--layout", "contiguous", "--threads", "1"),
+        ]
+
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    process = subprocess.Popen(
+        command(tmp_path / "cut"), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    log = tmp_path / "cut" / "log.jsonl"
+    while len(read_log(log)) < 10:
+        time.sleep(0.02)
+        assert process.poll() is None
+    os.killpg(process.pid, number)  # as a terminal or a scheduler does: workers get it too
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    subprocess.run(command(tmp_path / "cut"), check=True, capture_output=True)
+    whole, cut = (
+        torch.load(tmp_path / name / "checkpoints" / "last") for name in ("whole", "cut")
+    )
+    assert all(torch.equal(whole["method"][key], cut["method"][key]) for key in whole["method"])
+    assert [r["step"] for r in read_log(log)] == list(range(1, 97))
+    assert json.loads((tmp_path / "cut" / "summary.json").read_text())["steps"] == 96
+
+
+def test_a_run_that_goes_on_must_be_the_same_run(tmp_path):
+    earlier = tmp_path / "config.yaml"
+    settings = config("simclr", tmp_path)
+    run.write_yaml(earlier, {"name": "simclr", **run.plain(settings)})
+    auto = dataclasses.replace(settings, precision="auto", layout="auto", workers=3, log_every=7)
+    assert run.continued("simclr", auto, earlier).precision == "fp32"
+    with pytest.raises(UserError, match=r"started otherwise: --size 48 \(was 32\)"):
+        run.continued("simclr", dataclasses.replace(settings, size=48), earlier)
+    with pytest.raises(UserError, match="is a run of simclr"):
+        run.continued("mocov2", settings, earlier)
+    longer = dataclasses.replace(settings, epochs=5.0)
+    assert run.continued("simclr", longer, earlier).epochs == 5.0
+    with pytest.raises(UserError, match="--epochs 2"):
+        run.continued("simclr", settings, earlier)

@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+import torch
+
+from firstsight import metrics
+from firstsight.metrics import knn_accuracy, knn_predict, nearest
+
+
+def published():
+    scale = torch.linspace(0.5, 2, 12, dtype=torch.float64)[:, None]
+    train = torch.sin(0.61 * torch.arange(36, dtype=torch.float64) + 0.2).reshape(12, 3) * scale
+    test = torch.cos(0.47 * torch.arange(18, dtype=torch.float64) - 0.1).reshape(6, 3)
+    return train, torch.arange(12) % 3, test
+
+
+@pytest.mark.parametrize(
+    ("k", "expected"),
+    [(1, "122011"), (3, "120010"), (5, "120010"), (7, "100011")],
+)
+def test_plain_votes_by_euclidean_distance_equal_the_published_vector(k, expected):
+    train, labels, test = published()
+    got = knn_predict(train, labels, test, k, weighting="uniform", metric="euclidean")
+    assert "".join(map(str, got.tolist())) == expected
+
+
+@pytest.mark.parametrize(("k", "expected"), [(1, "120011"), (3, "120012"), (5, "120011")])
+def test_plain_votes_by_cosine_equal_the_published_vector_of_unit_vectors(k, expected):
+    train, labels, test = published()
+    got = knn_predict(train, labels, test, k, weighting="uniform", metric="cosine")
+    assert "".join(map(str, got.tolist())) == expected
+
+
+def test_weighted_votes_equal_the_published_accuracy():
+    def wave(count, phase):
+        x = torch.sin(0.37 * torch.arange(count * 6, dtype=torch.float64) + phase)
+        return x.reshape(count, 6)
+
+    figures = knn_accuracy(
+        wave(12, 0.1), torch.arange(12) % 6, wave(100, 0.7), torch.arange(100) % 6, [5]
+    )
+    assert figures[5]["top1"] == 15.0
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("weighting", ["softmax", "distance", "uniform"])
+def test_votes_equal_a_plain_loop(metric, weighting):
+    generator = np.random.default_rng(0)
+    train, test = generator.normal(size=(40, 5)), generator.normal(size=(25, 5))
+    labels = generator.integers(0, 4, 40)
+    expected = []
+    for query in test:
+        if metric == "cosine":
+            near = train @ query / np.linalg.norm(train, axis=1) / np.linalg.norm(query)
+            distance = 1 - near
+        else:
+            distance = np.linalg.norm(train - query, axis=1)
+            near = -distance
+        summed = np.zeros(4)
+        for i in np.argsort(-near)[:7]:
+            weight = {"softmax": np.exp(near[i] / 0.07), "distance": 1 / distance[i], "uniform": 1}
+            summed[labels[i]] += weight[weighting]
+        expected.append(int(np.argmax(summed)))
+    got = knn_predict(
+        torch.tensor(train), torch.tensor(labels), torch.tensor(test), 7, weighting, 0.07, metric
+    )
+    assert got.tolist() == expected
+
+
+def test_equal_votes_go_to_the_lowest_label():
+    train = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    got = knn_predict(train, torch.tensor([2, 1, 0]), torch.tensor([[1.0, 0.0]]), 3, "uniform")
+    assert got.tolist() == [0]
+
+
+def test_blocks_do_not_change_what_is_near(monkeypatch):
+    torch.manual_seed(0)
+    train, test = torch.randn(50, 4), torch.randn(33, 4)
+    whole = torch.cat([index for _, index in nearest(train, test, 5)])
+    monkeypatch.setattr(metrics, "_CHUNK_BYTES", 4 * 50 * 2)  # two rows at a time
+    blocks = [index for _, index in nearest(train, test, 5)]
+    assert max(map(len, blocks)) == 2
+    assert torch.equal(torch.cat(blocks), whole)
+
+
+def test_every_k_in_one_pass_is_each_k_alone():
+    torch.manual_seed(0)
+    train, test = torch.randn(60, 4), torch.randn(30, 4)
+    labels, truth = torch.arange(60) % 7, torch.arange(30) % 7
+    together = knn_accuracy(train, labels, test, truth, [1, 5, 20])
+    for k in (1, 5, 20):
+        assert knn_accuracy(train, labels, test, truth, [k])[k] == together[k]
+    assert together[20]["top5"] >= together[20]["top1"]
+
+
+def test_few_images_few_classes_and_a_large_k_work():
+    train = torch.eye(3)
+    figures = knn_accuracy(train, torch.tensor([0, 1, 1]), train, torch.tensor([0, 1, 1]), [200])
+    assert figures[200]["top5"] == 100.0
+
+
+def test_a_small_temperature_does_not_overflow():
+    train, test = torch.eye(3), torch.eye(3)
+    got = knn_predict(train, torch.arange(3), test, 3, temperature=1e-4)
+    assert got.tolist() == [0, 1, 2]
