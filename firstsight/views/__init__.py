@@ -1,18 +1,28 @@
 """Views: an image becomes several transformed copies.
 
 What is *drawn* (`draw.py`: crop boxes, flips, colour factors, ...) is data and a pure function of
-(seed, epoch, image, view); how it is *applied* (`apply.py`) is a separate, deterministic step. This
-page holds what both need: the settings, and the presets of the papers. It imports neither OpenCV nor
-torch, so that `--help` stays instant.
+(seed, epoch, image, view); how it is *applied* (`apply.py`) is a separate, deterministic step.
+This page holds what both need: the settings, and the presets of the papers. It imports neither
+OpenCV nor torch, so that `--help` stays instant.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from types import MappingProxyType
+from typing import Literal, TypeVar
+
+from firstsight.errors import UserError, unknown
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR_STD = (0.2023, 0.1994, 0.2010)
+
+_T = TypeVar("_T")
+
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +39,7 @@ class Views:
     """Largest crop at each resolution, share of the image area."""
     min_ratio: float = 0.75
     """Narrowest crop, width over height; the widest is its inverse."""
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    interpolation: Interpolation = "bilinear"
     """Filter of the antialiased resize."""
     flip: float = 0.5
     """Probability of a left-right flip."""
@@ -57,3 +67,132 @@ class Views:
     """Subtracted from each channel, values in 0 to 1."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Divides each channel after the mean, values in 0 to 1."""
+
+    def __post_init__(self) -> None:
+        if not self.counts:
+            raise UserError("--views.counts is empty; give at least one number, such as 2")
+        _within("counts", self.counts, 1, None)
+        _within("sizes", self.sizes, 1, None)
+        groups, total = len(self.counts), sum(self.counts)
+        for name, values, at_most, of_what in (
+            ("sizes", self.sizes, groups, "resolutions"),
+            ("min_scale", self.min_scale, groups, "resolutions"),
+            ("max_scale", self.max_scale, groups, "resolutions"),
+            ("blur", self.blur, total, "views"),
+            ("solarize", self.solarize, total, "views"),
+        ):
+            if len(values) > at_most:
+                raise UserError(
+                    f"--{_flag(name)} has {len(values)} values for {at_most} {of_what};"
+                    f" give at most {at_most} (the last one repeats)"
+                )
+            if not values and name != "sizes":
+                raise UserError(f"--{_flag(name)} is empty; give at least one number")
+        for group in range(groups):
+            low, high = _repeat(self.min_scale, group), _repeat(self.max_scale, group)
+            if not 0 < low <= high <= 1:
+                raise UserError(
+                    f"crops from {low} to {high} of the image area are impossible; choose"
+                    " 0 < --views.min-scale <= --views.max-scale <= 1"
+                )
+        if not 0 < self.min_ratio <= 1:
+            raise UserError(f"--views.min-ratio {self.min_ratio} is not in (0, 1]")
+        for name in ("flip", "jitter", "gray"):
+            _within(name, (getattr(self, name),), 0, 1)
+        for name in ("blur", "solarize"):
+            _within(name, getattr(self, name), 0, 1)
+        for name in ("brightness", "contrast", "saturation"):
+            _within(name, (getattr(self, name),), 0, None)
+        _within("hue", (self.hue,), 0, 0.5)
+        if not 0 < self.min_sigma <= self.max_sigma:
+            raise UserError(
+                f"blur from {self.min_sigma} to {self.max_sigma} pixels is impossible; choose"
+                " 0 < --views.min-sigma <= --views.max-sigma"
+            )
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise unknown("interpolation", self.interpolation, ("bilinear", "bicubic"))
+        if min(self.std) <= 0:
+            raise UserError(f"--views.std {self.std} must be above 0 in each channel")
+
+    @property
+    def total(self) -> int:
+        """V, the number of views of one image."""
+        return sum(self.counts)
+
+    @property
+    def resolution(self) -> tuple[int, ...]:
+        """For each of the V views, which entry of `counts` it belongs to: 0 0 1 1 1 for 2 3."""
+        return tuple(group for group, count in enumerate(self.counts) for _ in range(count))
+
+    @property
+    def scales(self) -> tuple[tuple[float, float], ...]:
+        """For each of the V views, the smallest and largest crop, shares of the image area."""
+        return tuple(
+            (_repeat(self.min_scale, g), _repeat(self.max_scale, g)) for g in self.resolution
+        )
+
+    @property
+    def blurs(self) -> tuple[float, ...]:
+        """For each of the V views, the probability of blur."""
+        return tuple(_repeat(self.blur, view) for view in range(self.total))
+
+    @property
+    def solarizes(self) -> tuple[float, ...]:
+        """For each of the V views, the probability of solarizing."""
+        return tuple(_repeat(self.solarize, view) for view in range(self.total))
+
+    def sides(self, size: int) -> tuple[int, ...]:
+        """For each of the V views, its side in pixels; `size` where the settings name none."""
+        return tuple(_repeat(self.sizes or (size,), g) for g in self.resolution)
+
+
+def _repeat(values: tuple[_T, ...], position: int) -> _T:
+    return values[min(position, len(values) - 1)]
+
+
+def _flag(name: str) -> str:
+    return "views." + name.replace("_", "-")
+
+
+def _within(name: str, values: tuple[float, ...], low: float, high: float | None) -> None:
+    allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+    for value in values:
+        # written so that NaN is refused too
+        if not (value >= low and (high is None or value <= high)):
+            raise UserError(f"--{_flag(name)} {value} is out of range; choose a value {allowed}")
+
+
+PRESETS: Mapping[str, Views] = MappingProxyType(
+    {
+        # differs from the paper: its code turns grey before the jitter, here grey comes after.
+        "mocov1": Views(jitter=1.0, hue=0.4, blur=(0.0,)),
+        "mocov2": Views(),
+        # differs from the paper: its code feeds values in 0 to 1 without mean and deviation.
+        "simclr": Views(
+            min_scale=(0.08,),
+            interpolation="bicubic",
+            brightness=0.8,
+            contrast=0.8,
+            saturation=0.8,
+            hue=0.2,
+        ),
+        "byol": Views(
+            min_scale=(0.08,),
+            interpolation="bicubic",
+            saturation=0.2,
+            blur=(1.0, 0.1),
+            solarize=(0.0, 0.2),
+        ),
+        # Small images: the CIFAR-10 demo of MoCo, whose crops keep torchvision's default range.
+        "mocov2-small": Views(min_scale=(0.08,), blur=(0.0,), mean=CIFAR_MEAN, std=CIFAR_STD),
+        # The CIFAR-10 setting of SimCLR (appendix B.9): half the colour strength, no blur.
+        "simclr-small": Views(
+            min_scale=(0.08,),
+            interpolation="bicubic",
+            blur=(0.0,),
+            mean=CIFAR_MEAN,
+            std=CIFAR_STD,
+        ),
+    }
+)
+"""The views of the papers by name: start from one with `dataclasses.replace`."""

@@ -1,0 +1,221 @@
+"""Applying views on the CPU: a deterministic step from pixels and a drawn row to one view.
+
+Every operation works alone, on (H, W, 3) uint8 RGB, and has one named reference that its test
+holds it to. `out` takes the result and may be the input itself; without it, a new array comes out.
+Where Pillow cuts fractions off, so do these (to within one grey level): rounding instead would
+make views brighter by half a level in each operation.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from firstsight.views import Interpolation
+from firstsight.views.draw import BRIGHTNESS, CONTRAST, SATURATION, Drawn
+
+Pixels = NDArray[np.uint8]
+"""(H, W, 3) RGB."""
+
+_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601-2, as Pillow and OpenCV weigh the channels
+
+
+def apply(
+    pixels: Pixels,
+    drawn: Drawn,
+    b: int,
+    v: int,
+    size: int,
+    interpolation: Interpolation = "bilinear",
+    out: Pixels | None = None,
+) -> Pixels:
+    """View `v` of image `b` of the batch, (size, size, 3) uint8, into `out` where that is given.
+
+    Order: crop and resize, flip, jitter in the drawn order, grey, blur, solarize.
+    """
+    view = crop_resize(pixels, drawn.crops[b, v].tolist(), size, interpolation, out)
+    if drawn.flips[b, v]:
+        cv2.flip(view, 1, dst=view)
+    if drawn.jitter[b, v]:
+        factors = drawn.factors[b, v].tolist()
+        for operation in drawn.order[b, v].tolist():
+            if operation == BRIGHTNESS:
+                adjust_brightness(view, factors[operation], view)
+            elif operation == CONTRAST:
+                adjust_contrast(view, factors[operation], view)
+            elif operation == SATURATION:
+                adjust_saturation(view, factors[operation], view)
+            else:
+                adjust_hue(view, factors[operation], view)
+    if drawn.gray[b, v]:
+        to_gray(view, view)
+    if drawn.sigmas[b, v] > 0:
+        gaussian_blur(view, float(drawn.sigmas[b, v]), view)
+    if drawn.solarize[b, v]:
+        solarize(view, view)
+    return view
+
+
+def crop_resize(
+    pixels: Pixels,
+    box: tuple[int, int, int, int] | list[int],
+    size: int,
+    interpolation: Interpolation = "bilinear",
+    out: Pixels | None = None,
+) -> Pixels:
+    """The pixels inside `box` (x1, y1, x2, y2, half-open) as (size, size, 3), antialiased.
+
+    Reference: Pillow's `crop(box)` then `resize`, as RandomResizedCrop of torchvision does it.
+    Pillow's `resize(box=...)` is another thing: it also reads pixels around the box.
+    """
+    x1, y1, x2, y2 = box
+    return resize(pixels[y1:y2, x1:x2], size, size, interpolation, out)
+
+
+def resize(
+    pixels: Pixels,
+    width: int,
+    height: int,
+    interpolation: Interpolation = "bilinear",
+    out: Pixels | None = None,
+) -> Pixels:
+    """The image as (height, width, 3), antialiased. Reference: Pillow's `resize`."""
+    out = np.empty((height, width, 3), dtype=np.uint8) if out is None else out
+    if pixels.shape == out.shape:
+        out[...] = pixels
+    elif interpolation == "bilinear" and pixels.shape[0] <= height and pixels.shape[1] <= width:
+        # Enlarging needs no antialiasing, and OpenCV is five times as fast on small images. Its
+        # bicubic is out: another kernel (a = -0.75) than that of Pillow and torch (-0.5).
+        cv2.resize(pixels, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
+    else:
+        # torch warns of memory that it must not write, such as that of a packed file.
+        source = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
+        # [None] before the permutation: after it, torch no longer sees channels-last memory, and
+        # both its result and the copy of it take more than twice as long.
+        resized = torch.nn.functional.interpolate(
+            source[None].permute(0, 3, 1, 2), (height, width), mode=interpolation, antialias=True
+        )
+        out[...] = resized[0].permute(1, 2, 0).numpy()
+    return out
+
+
+def adjust_brightness(pixels: Pixels, factor: float, out: Pixels | None = None) -> Pixels:
+    """Values times `factor` (0: black, 1: unchanged). Reference: Pillow's ImageEnhance."""
+    return _array(cv2.convertScaleAbs(pixels, dst=out, alpha=factor, beta=_cut(factor)))
+
+
+def adjust_contrast(pixels: Pixels, factor: float, out: Pixels | None = None) -> Pixels:
+    """Distances to the mean grey level times `factor` (0: flat, 1: unchanged).
+
+    Reference: Pillow's ImageEnhance, whose mean is that of the greyscale image, rounded.
+    """
+    mean = int(_LUMA @ cv2.mean(pixels)[:3] + 0.5)
+    shift = (1.0 - factor) * mean + _cut(factor)
+    return _array(
+        cv2.transform(
+            pixels,
+            np.array([[factor, 0, 0, shift], [0, factor, 0, shift], [0, 0, factor, shift]]),
+            dst=out,
+        )
+    )
+
+
+def adjust_saturation(pixels: Pixels, factor: float, out: Pixels | None = None) -> Pixels:
+    """Distances to the grey of each pixel times `factor` (0: grey, 1: unchanged).
+
+    Reference: Pillow's ImageEnhance.
+    """
+    red, green, blue = ((1.0 - factor) * _LUMA).tolist()
+    cut = _cut(factor)
+    return _array(
+        cv2.transform(
+            pixels,
+            np.array(
+                [
+                    [factor + red, green, blue, cut],
+                    [red, factor + green, blue, cut],
+                    [red, green, factor + blue, cut],
+                ]
+            ),
+            dst=out,
+        )
+    )
+
+
+def adjust_hue(pixels: Pixels, shift: float, out: Pixels | None = None) -> Pixels:
+    """Hues turned by `shift`, in turns of the colour circle (-0.5 to 0.5).
+
+    Reference: `adjust_hue` of torchvision on a Pillow image, through 8-bit HSV. Here 256 steps are
+    one turn and the shift is rounded; Pillow has 255 steps to a turn, wraps at 256, and torchvision
+    cuts the fraction off.
+    """
+    steps = round(shift * 256) % 256
+    if steps == 0:
+        out = np.empty_like(pixels) if out is None else out
+        out[...] = pixels
+        return out
+    hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
+    hsv[..., 0] += np.uint8(steps)  # uint8 wraps around, as the circle does
+    return _array(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL, dst=out))
+
+
+def to_gray(pixels: Pixels, out: Pixels | None = None) -> Pixels:
+    """Three equal channels of luma. Reference: Pillow's `convert("L")`."""
+    gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    return _array(cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB, dst=out))
+
+
+def gaussian_blur(pixels: Pixels, sigma: float, out: Pixels | None = None) -> Pixels:
+    """A true Gaussian of standard deviation `sigma` pixels, cut at three sigma, mirrored edges.
+
+    Reference: `gaussian_blur` of torchvision with a wide kernel. Pillow's GaussianBlur, which MoCo
+    uses, is three box filters instead: on photographs about one grey level away on average.
+    """
+    source = pixels.copy() if out is pixels else pixels  # neighbours are read after writing
+    return _array(cv2.GaussianBlur(source, (0, 0), sigma, dst=out))
+
+
+def solarize(pixels: Pixels, out: Pixels | None = None) -> Pixels:
+    """Values from 128 up inverted. Reference: Pillow's `ImageOps.solarize`, exactly."""
+    return _array(cv2.min(pixels, cv2.bitwise_not(pixels), dst=out))
+
+
+def eval_view(pixels: Pixels, size: int, interpolation: Interpolation = "bilinear") -> Pixels:
+    """The view for evaluation, (size, size, 3): resize the short side, cut out the centre.
+
+    From 96 pixels up the short side becomes size / 0.875 (256 for 224), the habit on ImageNet;
+    below, where margins cost too much, it becomes `size`. `eval_policy` says it in words.
+    References: Resize and CenterCrop of torchvision on a Pillow image.
+    """
+    height, width = pixels.shape[:2]
+    side = _short_side(size)
+    if width <= height:
+        width, height = side, side * height // width
+    else:
+        width, height = side * width // height, side
+    resized = resize(pixels, width, height, interpolation)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return np.ascontiguousarray(resized[top : top + size, left : left + size])
+
+
+def eval_policy(size: int, interpolation: Interpolation = "bilinear") -> str:
+    """What `eval_view` does at this size, in words for a protocol."""
+    return f"resize {_short_side(size)} (antialiased {interpolation}), centre crop {size}"
+
+
+def _short_side(size: int) -> int:
+    return round(size / 0.875) if size >= 96 else size
+
+
+def _cut(factor: float) -> float:
+    """Added before OpenCV rounds, so that fractions are cut off; whole numbers stay at factor 1."""
+    return 0.0 if factor == 1.0 else -0.5
+
+
+def _array(result: object) -> Pixels:
+    """What OpenCV returns, with the type that it has."""
+    return cast(Pixels, result)
