@@ -42,7 +42,7 @@ class Source(ABC):
         """Image `index`, upright and RGB, (H, W, 3) uint8; raises `UnreadableImage`."""
 
     def fingerprint(self) -> str:
-        """A short hash of all identities and labels: tells whether this is still the same source."""
+        """A short hash of all identities and labels: tells whether it is the same source."""
         import hashlib
 
         digest = hashlib.sha256(f"{len(self)}".encode())

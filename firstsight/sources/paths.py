@@ -1,0 +1,41 @@
+"""Which paths are images, and which classes their folders spell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+EXTENSIONS = ("jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp", "gif")
+"""What the name of an image ends in, in upper or lower case."""
+
+
+def is_image(path: str) -> bool:
+    """Whether the `/`-separated `path` ends like an image and no part of it is hidden."""
+    parts = path.split("/")
+    # ".." is hidden too: inside an archive it is only a name, and a strange one.
+    hidden = any(part.startswith(".") and part not in (".", "..") for part in parts)
+    return not hidden and has_extension(path)
+
+
+def has_extension(path: str) -> bool:
+    """Whether `path` ends in one of `EXTENSIONS`."""
+    name = path.rpartition("/")[2]
+    return "." in name and name.rpartition(".")[2].lower() in EXTENSIONS
+
+
+def class_folders(paths: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64] | None]:
+    """Class names and (N,) labels that the folders of `paths` spell, or `((), None)`.
+
+    The rule: every image lies in (or below) a first-level folder, and there are at least two of
+    these. They are the classes then, sorted by name. One image beside them, or a single folder,
+    and there are no labels.
+    """
+    folders = [path.partition("/")[0] if "/" in path else None for path in paths]
+    names = sorted({folder for folder in folders if folder is not None})
+    if None in folders or len(names) < 2:
+        return (), None
+    number = {name: label for label, name in enumerate(names)}
+    labels = np.fromiter((number[str(folder)] for folder in folders), np.int64, len(folders))
+    return tuple(names), labels
