@@ -23,6 +23,11 @@ Pixels = NDArray[np.uint8]
 
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601-2, as Pillow and OpenCV weigh the channels
 
+# Added before OpenCV rounds, so that it cuts fractions off; short of a half, for whole numbers.
+_CUT = -0.499
+
+_HUES = np.arange(256) * (255 / 256)
+
 
 def apply(
     pixels: Pixels,
@@ -105,7 +110,7 @@ def resize(
 
 def adjust_brightness(pixels: Pixels, factor: float, out: Pixels | None = None) -> Pixels:
     """Values times `factor` (0: black, 1: unchanged). Reference: Pillow's ImageEnhance."""
-    return _array(cv2.convertScaleAbs(pixels, dst=out, alpha=factor, beta=_cut(factor)))
+    return _array(cv2.convertScaleAbs(pixels, dst=out, alpha=factor, beta=_CUT))
 
 
 def adjust_contrast(pixels: Pixels, factor: float, out: Pixels | None = None) -> Pixels:
@@ -114,7 +119,7 @@ def adjust_contrast(pixels: Pixels, factor: float, out: Pixels | None = None) ->
     Reference: Pillow's ImageEnhance, whose mean is that of the greyscale image, rounded.
     """
     mean = int(_LUMA @ cv2.mean(pixels)[:3] + 0.5)
-    shift = (1.0 - factor) * mean + _cut(factor)
+    shift = (1.0 - factor) * mean + _CUT
     return _array(
         cv2.transform(
             pixels,
@@ -130,15 +135,14 @@ def adjust_saturation(pixels: Pixels, factor: float, out: Pixels | None = None) 
     Reference: Pillow's ImageEnhance.
     """
     red, green, blue = ((1.0 - factor) * _LUMA).tolist()
-    cut = _cut(factor)
     return _array(
         cv2.transform(
             pixels,
             np.array(
                 [
-                    [factor + red, green, blue, cut],
-                    [red, factor + green, blue, cut],
-                    [red, green, factor + blue, cut],
+                    [factor + red, green, blue, _CUT],
+                    [red, factor + green, blue, _CUT],
+                    [red, green, factor + blue, _CUT],
                 ]
             ),
             dst=out,
@@ -149,17 +153,18 @@ def adjust_saturation(pixels: Pixels, factor: float, out: Pixels | None = None) 
 def adjust_hue(pixels: Pixels, shift: float, out: Pixels | None = None) -> Pixels:
     """Hues turned by `shift`, in turns of the colour circle (-0.5 to 0.5).
 
-    Reference: `adjust_hue` of torchvision on a Pillow image, through 8-bit HSV. Here 256 steps are
-    one turn and the shift is rounded; Pillow has 255 steps to a turn, wraps at 256, and torchvision
-    cuts the fraction off.
+    Reference: the exact colour circle (`colorsys`), through 8-bit HSV. `adjust_hue` of torchvision
+    on a Pillow image goes through 8-bit HSV too, but cuts the shift off to whole steps and wraps a
+    circle of 255 steps at 256: about one grey level away on average, and further from exact.
     """
-    steps = round(shift * 256) % 256
-    if steps == 0:
+    if shift == 0:  # the way through HSV and back is not quite the identity
         out = np.empty_like(pixels) if out is None else out
         out[...] = pixels
         return out
     hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(steps)  # uint8 wraps around, as the circle does
+    # The trap: into HSV, OpenCV makes 256 steps of a turn; out of it, it reads 255.
+    table = np.rint((_HUES + shift * 255) % 255).astype(np.uint8)
+    cv2.insertChannel(cv2.LUT(cv2.extractChannel(hsv, 0), table), hsv, 0)
     return _array(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL, dst=out))
 
 
@@ -209,11 +214,6 @@ def eval_policy(size: int, interpolation: Interpolation = "bilinear") -> str:
 
 def _short_side(size: int) -> int:
     return round(size / 0.875) if size >= 96 else size
-
-
-def _cut(factor: float) -> float:
-    """Added before OpenCV rounds, so that fractions are cut off; whole numbers stay at factor 1."""
-    return 0.0 if factor == 1.0 else -0.5
 
 
 def _array(result: object) -> Pixels:
