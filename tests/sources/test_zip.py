@@ -2,6 +2,7 @@ import io
 import multiprocessing
 import pickle
 import threading
+import tracemalloc
 import zipfile
 
 import pytest
@@ -73,6 +74,7 @@ def test_names_of_classes(train, names, classes, labels):
     [
         ("a.png\t0\nb.png 1\n", 2, "no TAB"),
         ("a.png\t0\n\nb.png\tone\n", 3, "'one' is not an integer"),
+        ("a.png\t0\r\nb.png\tone\r\n", 2, "'one' is not an integer"),
         ("a.png\t1.5\n", 1, "'1.5' is not an integer"),
         ("a.png\t\n", 1, "'' is not an integer"),
         ("a.png\t0\r\nnotes.txt\t1\r\n", 2, "does not end like an image"),
@@ -170,7 +172,11 @@ def test_a_bomb_is_not_unpacked_beyond_what_it_declares(tmp_path):
     data = path.read_bytes().replace((50_000_000).to_bytes(4, "little"), (50).to_bytes(4, "little"))
     path.write_bytes(data)
     with pytest.raises(UnreadableImage, match="checksum"):
-        Zip(path).pixels(0)
+        source = Zip(path)
+        tracemalloc.start()
+        source.pixels(0)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
 
 
 def _read_all(source, answers):
