@@ -1,10 +1,10 @@
-"""Pictures of a run, for its report: the views that were drawn, and what the backbone finds alike."""
+"""Pictures of a run for its report: the views drawn, and what the backbone finds alike."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import cv2
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from firstsight import checkpoint, distributed
+from firstsight import checkpoint, distributed, keyed
 from firstsight.backbones import Backbone
 from firstsight.features import Features, Reader, extract, subset
 from firstsight.metrics import nearest
@@ -119,11 +119,6 @@ class Search:
             reader=reader,
         )
 
-    @property
-    def labelled(self) -> bool:
-        """Whether it is known which neighbours are of the query's class."""
-        return self.source.labels is not None and self.bank_source.labels is not None
-
     def neighbours(self, backbone: Backbone) -> Neighbours:
         """The nearest neighbours of each query that can be read, by cosine of the features."""
         asked = extract(backbone, self.source, self.reader, self.queries)
@@ -170,18 +165,20 @@ class Search:
 
 def spread(source: Source, count: int, seed: int) -> NDArray[np.int64]:
     """`count` positions fixed by seed, of different classes as far as there are enough."""
-    order = subset(source, len(source), seed)
-    order = np.random.default_rng(seed).permutation(order)
+    order: NDArray[np.int64] = np.random.default_rng(keyed.seed(seed, count)).permutation(
+        len(source)
+    )
     if source.labels is None:
         return order[:count]
     _, first = np.unique(source.labels[order], return_index=True)
     chosen = np.sort(first)[:count]
     rest = np.setdiff1d(np.arange(len(order)), chosen)[: count - len(chosen)]
-    return order[np.concatenate([chosen, rest])]
+    picked: NDArray[np.int64] = order[np.concatenate([chosen, rest])]
+    return picked
 
 
 def nearest_others(asked: Features, bank: Features, k: int, same: bool) -> Neighbours:
-    """The k nearest of the bank for each row of `asked`; itself left out where both are the `same`."""
+    """The k nearest of the bank for each row of `asked`; never itself where both are the `same`."""
     rows = min(k + same, len(bank.index))
     if len(asked.index) == 0 or rows - same <= 0:
         return Neighbours(asked.index[:0], torch.empty(0, 0, dtype=torch.long))
@@ -196,7 +193,7 @@ def nearest_others(asked: Features, bank: Features, k: int, same: bool) -> Neigh
 
 
 def views_sheet(config: Pretrain, source: Source) -> Pixels | None:
-    """Photographs of the source fixed by seed, each with two draws of its views; None if unreadable."""
+    """Photographs fixed by seed, each with two draws of its views; None if none can be read."""
     index, photographs = [], []
     for i in subset(source, _ATTEMPTS, config.seed):
         try:
@@ -237,23 +234,22 @@ def thumbnail(source: Source, index: int) -> Pixels:
 
 def judged(cell: Pixels, alike: bool | None) -> Pixels:
     """A neighbour in the frame of its class: the query's, another (with a cross), or not known."""
-    if alike is None:
-        return framed(cell, None)
-    picture = framed(cell, _SAME if alike else _OTHER)
-    if not alike:
-        side, arm = 20, 5
-        picture[:side, -side:] = _OTHER
-        x, y = picture.shape[1] - side // 2, side // 2
-        for slope in (1, -1):
-            ends = (x - arm, y - slope * arm), (x + arm, y + slope * arm)
-            cv2.line(picture, *ends, (255, 255, 255), 2, cv2.LINE_AA)
+    if alike is None or alike:
+        return framed(cell, _NEUTRAL if alike is None else _SAME)
+    picture = framed(cell, _OTHER)
+    side, arm = 20, 5
+    picture[:side, -side:] = _OTHER
+    x, y = picture.shape[1] - side // 2, side // 2
+    for slope in (1, -1):
+        start, end = (x - arm, y - slope * arm), (x + arm, y + slope * arm)
+        cv2.line(picture, start, end, (255, 255, 255), 2, cv2.LINE_AA)
     return picture
 
 
-def framed(cell: Pixels, colour: tuple[int, int, int] | None) -> Pixels:
-    """The image in a frame; None: in one of its own edge pixels' mean."""
+def framed(cell: Pixels, colour: tuple[int, int, int]) -> Pixels:
+    """The image in a frame."""
     picture = np.empty((len(cell) + 2 * _FRAME, len(cell) + 2 * _FRAME, 3), np.uint8)
-    picture[...] = colour if colour is not None else _NEUTRAL
+    picture[...] = colour
     picture[_FRAME:-_FRAME, _FRAME:-_FRAME] = cell
     return picture
 
@@ -262,4 +258,8 @@ def write_png(path: Path, pixels: Pixels) -> None:
     """Write RGB or RGBA pixels, whole or not at all."""
     order = cv2.COLOR_RGB2BGR if pixels.shape[2] == 3 else cv2.COLOR_RGBA2BGRA
     _, data = cv2.imencode(".png", cv2.cvtColor(pixels, order))
-    checkpoint.write_atomically(path, lambda file: None if file.write(data.tobytes()) else None)
+
+    def write(file: IO[bytes]) -> None:
+        file.write(data.tobytes())
+
+    checkpoint.write_atomically(path, write)

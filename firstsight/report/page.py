@@ -76,31 +76,23 @@ def _state(run: Run) -> str:
 def _headline(run: Run) -> str:
     """The reading that matters, in large figures, and in words how it was taken."""
     before, after, quick = run.untrained, run.trained, run.last("knn_quick")
-    if before is not None and after is not None:
-        return (
-            f'<p class="figure"><span class="from">{before:.1f}</span> → <b>{after:.1f}{_PERCENT}</b> '
-            f'{_gain(after - before)}</p>\n<p class="lead">k-NN accuracy on '
-            f"{_test(run)}, before and after pretraining. {_protocol_in_words(run)}</p>\n"
-        )
+    if before is None and after is None and quick is None:
+        return _loss_headline(run)
     if after is not None:
-        return (
-            f'<p class="figure"><b>{after:.1f}{_PERCENT}</b></p>\n<p class="lead">k-NN accuracy on '
-            f"{_test(run)} after pretraining. {_protocol_in_words(run)}</p>\n"
-        )
-    if before is not None or quick is not None:
-        start = f'<span class="from">{before:.1f}</span> → ' if before is not None else ""
-        if quick is None:
-            figure, said = (
-                f"<b>{before:.1f}{_PERCENT}</b>",
-                "before pretraining; no other reading yet.",
-            )
-        else:
-            figure = f"{start}<b>{quick:.1f}{_PERCENT}</b>"
-            said = "so far: the last figure is a quick reading, on a part of the images."
-        return (
-            f'<p class="figure">{figure}</p>\n<p class="lead">k-NN accuracy on {_test(run)} {said} '
-            f"{_protocol_in_words(run)}</p>\n"
-        )
+        when = "before and after pretraining." if before is not None else "after pretraining."
+    elif quick is not None:
+        after, when = quick, "so far: the last figure is a quick reading, on a part of the images."
+    else:
+        before, after, when = None, before, "before pretraining; there is no other reading yet."
+    gain = _gain(after - before) if before is not None and after is not None else ""
+    start = f'<span class="from">{before:.1f}</span> → ' if before is not None else ""
+    return (
+        f'<p class="figure">{start}<b>{after:.1f}{_PERCENT}</b> {gain}</p>\n'
+        f'<p class="lead">k-NN accuracy on {_test(run)}, {when} {_protocol_in_words(run)}</p>\n'
+    )
+
+
+def _loss_headline(run: Run) -> str:
     losses = [v for _, v in run.curve("loss") if math.isfinite(v)]
     if not losses:
         return '<p class="lead">Nothing has been logged yet.</p>\n'
