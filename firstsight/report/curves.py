@@ -43,23 +43,26 @@ def chart(
     from_zero: bool = False,
     level: tuple[float, str] | None = None,
     large: bool = False,
+    until: float = 0,
 ) -> str:
     """A figure of the series over steps; empty where none of them has a finite value.
 
     `smooth` draws the points thin and their running mean bold; `marked` puts a marker on each
-    point; `level` is a dashed horizontal line and what it means; `note` explains the figure.
+    point; `level` is a dashed horizontal line and what it means; `note` explains the figure;
+    `until` is the last step that the axis shows, at least.
     """
     drawn = [s for s in series if finite(s.points)]
     if not drawn:
         return ""
     means = {id(s): smoothed(s.points) for s in drawn} if smooth else {}
     low, high, ticks = _y_axis(drawn, means, from_zero, level)
-    last = max(step for s in drawn for step, _ in s.points)
+    last = max(until, *(step for s in drawn for step, _ in s.points))
     x_ticks = _steps(last)
     last = last or 1
 
     def at(point: Point) -> str:
         x, y = point[0] / last * _SIDE, (high - point[1]) / (high - low) * _SIDE
+        y = min(max(y, 0), _SIDE)  # a spike that the axis does not follow
         return f"{x:.1f} {y:.1f}"
 
     parts = [f'<path class="grid" d="M0 {at((0, t)).split()[1]}H{_SIDE}"/>' for t in ticks]
@@ -184,7 +187,9 @@ def _y_axis(
     values: list[float] = []
     for s in series:
         raw = sorted(value for _, value in finite(s.points))
-        cut = len(raw) // 50 if id(s) in means else 0  # one spike must not flatten a whole curve
+        cut = len(raw) // 50 if id(s) in means else 0
+        if raw[-1] - raw[0] < 2 * (raw[-1 - cut] - raw[cut]):
+            cut = 0  # only what would flatten the whole curve is let go
         values += [raw[cut], raw[-1 - cut]]
         values += [value for _, value in finite(means.get(id(s), ()))]
     values += [0.0] if from_zero else []

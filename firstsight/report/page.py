@@ -29,7 +29,7 @@ def page(runs: Sequence[Run]) -> str:
     body = [
         _header(title, runs),
         _section("Curves", _curves(runs)),
-        "".join(_pictures(run, alone=lone is not None) for run in runs),
+        *_all_pictures(runs),
         _section("Readings", readings(runs)),
         _section("Settings", settings(lone) if lone else differences(runs)),
         _section("Use it", "".join(_use(run, alone=lone is not None) for run in runs)),
@@ -78,16 +78,17 @@ def _headline(run: Run) -> str:
     before, after, quick = run.untrained, run.trained, run.last("knn_quick")
     if before is None and after is None and quick is None:
         return _loss_headline(run)
+    latest = after
     if after is not None:
         when = "before and after pretraining." if before is not None else "after pretraining."
     elif quick is not None:
-        after, when = quick, "so far: the last figure is a quick reading, on a part of the images."
+        latest, when = quick, "so far: the last figure is a quick reading, on a part of the images."
     else:
-        before, after, when = None, before, "before pretraining; there is no other reading yet."
+        before, latest, when = None, before, "before pretraining; there is no other reading yet."
     gain = _gain(after - before) if before is not None and after is not None else ""
     start = f'<span class="from">{before:.1f}</span> → ' if before is not None else ""
     return (
-        f'<p class="figure">{start}<b>{after:.1f}{_PERCENT}</b> {gain}</p>\n'
+        f'<p class="figure">{start}<b>{latest:.1f}{_PERCENT}</b> {gain}</p>\n'
         f'<p class="lead">k-NN accuracy on {_test(run)}, {when} {_protocol_in_words(run)}</p>\n'
     )
 
@@ -105,8 +106,12 @@ def _loss_headline(run: Run) -> str:
 
 
 def _test(run: Run) -> str:
-    test = run.protocol.get("test")
-    return escape(str(test.get("source") if isinstance(test, dict) else "the test images"))
+    return escape(str(_part(run, "test").get("source") or "its test images"))
+
+
+def _part(run: Run, role: str) -> dict[str, Any]:
+    part = run.protocol.get(role)
+    return part if isinstance(part, dict) else {}
 
 
 def _gain(points: float) -> str:
@@ -116,10 +121,11 @@ def _gain(points: float) -> str:
 
 
 def _protocol_in_words(run: Run) -> str:
-    protocol = run.protocol
-    train, test = (p if isinstance(p := protocol.get(x), dict) else {} for x in ("train", "test"))
-    queries = f"Each of its {_count(test.get('images'))}images"
-    bank = f"{_count(train.get('images'))}labelled images of {escape(str(train.get('source')))}"
+    protocol, train = run.protocol, _part(run, "train")
+    queries = f"Each of its {_count(_part(run, 'test').get('images'))}images"
+    bank = f"{_count(train.get('images'))}labelled images"
+    bank += f" of {escape(str(train['source']))}" if train.get("source") else ""
+    votes = _count(protocol.get("k"))
     weights = ""
     if (
         protocol.get("temperature") is not None
@@ -128,7 +134,7 @@ def _protocol_in_words(run: Run) -> str:
         weights = f", votes weighted by exp(cosine / {escape(str(protocol['temperature']))})"
     chance = f" Guessing would get {run.chance:.3g}{_PERCENT}." if run.chance is not None else ""
     return (
-        f"{queries} is given the class that its {escape(str(protocol.get('k')))} nearest "
+        f"{queries} is given the class that its {votes}nearest "
         f"neighbours among {bank} vote for: nearest by the cosine of the frozen backbone's "
         f"features{weights}. Pretraining itself saw no label.{chance}"
     )
@@ -146,7 +152,7 @@ def _facts(run: Run) -> str:
         ("Steps", f"{run.steps:,}"),
         ("Time", duration(run.summary.get("seconds"))),
         ("Images a second", brief(run.rate) if run.rate else NONE),
-        ("Unreadable images", f"{run.bad_images:,}"),
+        ("Unreadable", f"{run.bad_images:,}"),
         ("Backbone", f"{ask.get('backbone', NONE)}"),
         ("View size", f"{side} px" if side else NONE),
         ("Batch", f"{ask.get('batch-size', NONE)}"),
@@ -227,20 +233,28 @@ def _curves(runs: Sequence[Run]) -> str:
             for i, r in enumerate(runs)
         ]
 
+    until = max(run.steps for run in runs)
     large = [
-        chart("Loss", of("loss"), smooth=True, large=True, note=_LOSS_NOTE),
+        chart("Loss", of("loss"), smooth=True, large=True, until=until, note=_LOSS_NOTE),
         _knn_chart(runs),
     ]
     small = [
-        chart("Learning rate", of("lr"), from_zero=True),
-        chart("Images a second", of("images_per_second"), smooth=True, from_zero=True),
-        chart("Waiting for data", of("data_wait", 100), unit=_PERCENT, smooth=True, from_zero=True),
+        chart("Learning rate", of("lr"), from_zero=True, until=until),
+        chart("Images a second", of("images_per_second"), smooth=True, from_zero=True, until=until),
+        chart(
+            "Waiting for data",
+            of("data_wait", 100),
+            unit=_PERCENT,
+            smooth=True,
+            from_zero=True,
+            until=until,
+        ),
     ]
     if any(run.bad_images for run in runs):
-        small.append(chart("Unreadable images", of("bad_images"), from_zero=True))
+        small.append(chart("Unreadable images", of("bad_images"), from_zero=True, until=until))
     others = dict.fromkeys(name for run in runs for name in run.scalars)
     small += [
-        chart(name.replace("_", " ").capitalize(), of(name), smooth=True)
+        chart(name.replace("_", " ").capitalize(), of(name), smooth=True, until=until)
         for name in others
         if name not in (*_KNOWN, *_READINGS)
     ]
@@ -269,6 +283,7 @@ def _knn_chart(runs: Sequence[Run]) -> str:
         unit=_PERCENT,
         marked=True,
         large=True,
+        until=max(run.steps for run in runs),
         level=(chance, f"chance {chance:.3g}{_PERCENT}") if chance is not None else None,
         note=f"Filled: all images. Hollow: quick readings on a part of them{least}. "
         "Step 0: untrained.",
@@ -297,8 +312,18 @@ _PICTURES = {
 }
 
 
-def _pictures(run: Run, alone: bool) -> str:
-    views = _picture(run, "views")
+def _all_pictures(runs: Sequence[Run]) -> list[str]:
+    shown: set[str] = set()
+    parts = []
+    for run in runs:
+        views = run.pictures.get("views", "")
+        parts.append(_pictures(run, len(runs) == 1, views not in shown))
+        shown.add(views)  # runs with one seed draw the same views: once is enough
+    return parts
+
+
+def _pictures(run: Run, alone: bool, with_views: bool) -> str:
+    views = _picture(run, "views") if with_views else ""
     pair = [_picture(run, f"neighbours-{when}") for when in ("untrained", "trained")]
     name = "" if alone else f" · {escape(run.label)}"
     near = f'<div class="pair">\n{"".join(pair)}</div>\n' if any(pair) else ""
