@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from firstsight import checkpoint, distributed, engine, methods, precision
+from firstsight import checkpoint, distributed, engine, methods, pictures, precision
 from firstsight.errors import UserError
 from firstsight.features import Reader
 from firstsight.log import clock, read_log, say
@@ -62,6 +62,8 @@ def pretrain(name: str, config: Pretrain) -> Path:
         if done < steps:
             say(f"stopped at step {done} of {steps}; the same command goes on from there")
             raise SystemExit(130)
+        untrained = methods.build(name, config, len(source)).backbone
+        pictures.save(out, config, source, probe, untrained, method.backbone)  # on all ranks
         if distributed.rank() == 0:
             about = engine.about(method, config)
             checkpoint.save_backbone(out / "backbone.safetensors", method.backbone, about)

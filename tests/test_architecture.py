@@ -51,7 +51,8 @@ def configs():
 
 def test_settings_are_frozen_and_every_flag_has_help():
     for config in configs():
-        assert config.__dataclass_params__.frozen and config.__dataclass_params__.kw_only
+        assert config.__dataclass_params__.frozen
+        assert all(field.kw_only for field in dataclasses.fields(config)), config
     undocumented = []
     for path in [PACKAGE / "settings.py", PACKAGE / "cli.py", PACKAGE / "views/__init__.py",
                  *(PACKAGE / "methods").glob("[!_]*.py")]:  # fmt: skip

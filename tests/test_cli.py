@@ -47,7 +47,7 @@ def test_help_and_flags_come_without_torch():
         (["pretrain", "mocov2"], "use --data SOURCE"),
         (["pretrain", "mocov2", "--data", "x", "--epochs", "-1"], "--epochs must be above 0"),
         (["pretrain", "mocov2", "--data", "x", "--config"], "--config needs a file"),
-        (["evaluate", "kmm"], "no reading called 'kmm' (did you mean 'knn'?)"),
+        (["evaluate", "knnn"], "no reading called 'knnn' (did you mean 'knn'?)"),
     ],
 )
 def test_what_a_user_can_mend_is_said_with_exit_code_2(args, said, capsys):
