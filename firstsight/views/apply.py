@@ -134,15 +134,17 @@ def adjust_saturation(pixels: Pixels, factor: float, out: Pixels | None = None) 
 
     Reference: Pillow's ImageEnhance.
     """
-    red, green, blue = ((1.0 - factor) * _LUMA).tolist()
+    # OpenCV rounds the matrix to 1/1024. Rows must still sum to 1, or grey pixels take on colour.
+    red, green, blue = (np.rint((1.0 - factor) * _LUMA * 1024) / 1024).tolist()
+    own = 1.0 - red - green - blue
     return _array(
         cv2.transform(
             pixels,
             np.array(
                 [
-                    [factor + red, green, blue, _CUT],
-                    [red, factor + green, blue, _CUT],
-                    [red, green, factor + blue, _CUT],
+                    [own + red, green, blue, _CUT],
+                    [red, own + green, blue, _CUT],
+                    [red, green, own + blue, _CUT],
                 ]
             ),
             dst=out,
@@ -155,7 +157,7 @@ def adjust_hue(pixels: Pixels, shift: float, out: Pixels | None = None) -> Pixel
 
     Reference: the exact colour circle (`colorsys`), through 8-bit HSV. `adjust_hue` of torchvision
     on a Pillow image goes through 8-bit HSV too, but cuts the shift off to whole steps and wraps a
-    circle of 255 steps at 256: about one grey level away on average, and further from exact.
+    circle of 255 steps at 256: up to one grey level away on average, and further from exact.
     """
     if shift == 0:  # the way through HSV and back is not quite the identity
         out = np.empty_like(pixels) if out is None else out
@@ -178,10 +180,9 @@ def gaussian_blur(pixels: Pixels, sigma: float, out: Pixels | None = None) -> Pi
     """A true Gaussian of standard deviation `sigma` pixels, cut at three sigma, mirrored edges.
 
     Reference: `gaussian_blur` of torchvision with a wide kernel. Pillow's GaussianBlur, which MoCo
-    uses, is three box filters instead: on photographs about one grey level away on average.
+    uses, is three box filters instead: on photographs 0.4 to 1 grey level away on average.
     """
-    source = pixels.copy() if out is pixels else pixels  # neighbours are read after writing
-    return _array(cv2.GaussianBlur(source, (0, 0), sigma, dst=out))
+    return _array(cv2.GaussianBlur(pixels, (0, 0), sigma, dst=out))
 
 
 def solarize(pixels: Pixels, out: Pixels | None = None) -> Pixels:

@@ -29,6 +29,9 @@ from firstsight.views.draw import Drawn, draw
 from tests.views.pictures import generated, photographs
 
 PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+# Bicubic overshoots at sharp edges and is cut to 0..255 between its two passes. torch goes along
+# the rows first; Pillow picks the order by the work it saves. A few values in 10,000 feel that.
+LARGEST = {"bilinear": 1, "bicubic": 6}
 SIZES = [(32, 32), (128, 128), (224, 224), (75, 50)]
 
 
@@ -68,8 +71,7 @@ def test_crop_and_resize_are_those_of_pillow(source, box, size, interpolation):
     pixels = generated(0, *source)
     reference = Image.fromarray(pixels).crop(box).resize((size, size), PILLOW[interpolation])
     ours = crop_resize(pixels, box, size, interpolation)
-    # of bicubic, Pillow rounds between the two passes otherwise than torch
-    assert_near(ours, reference, mean=0.3, largest=1 if interpolation == "bilinear" else 2)
+    assert_near(ours, reference, mean=0.3, largest=LARGEST[interpolation])
 
 
 @pytest.mark.photos
@@ -84,7 +86,7 @@ def test_crops_of_photographs_are_those_of_pillow(interpolation):
                 Image.fromarray(pixels).crop(box).resize((size, size), PILLOW[interpolation])
             )
             ours = crop_resize(pixels, box, size, interpolation)
-            assert_near(ours, reference, mean=0.3, largest=2)
+            assert_near(ours, reference, mean=0.3, largest=LARGEST[interpolation])
 
 
 def test_fine_stripes_become_flat_grey_and_no_moire():
@@ -96,7 +98,15 @@ def test_fine_stripes_become_flat_grey_and_no_moire():
     assert np.ptp(aliased.astype(int)) > 100  # the trap is real
 
 
-def test_memory_that_must_not_be_written_is_read_without_a_warning(recwarn):
+@pytest.fixture
+def every_warning():
+    """torch warns once a process; here it must each time, or an earlier test hides the warning."""
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
+
+
+def test_memory_that_must_not_be_written_is_read_without_a_warning(every_warning, recwarn):
     pixels = generated(0, 128, 128)
     expected = crop_resize(pixels, (3, 4, 120, 100), 64)
     pixels.flags.writeable = False
@@ -125,7 +135,15 @@ def test_contrast_is_that_of_pillow(pictures, factor):
 def test_saturation_is_that_of_pillow(pictures, factor):
     for pixels in pictures:
         reference = tvf.adjust_saturation(Image.fromarray(pixels), factor)
-        assert_near(adjust_saturation(pixels, factor), reference, mean=0.5, largest=2)
+        # Pillow rounds the grey before it mixes; at factor 0 nothing but the grey is left
+        mean = 0.6 if factor == 0 else 0.25
+        assert_near(adjust_saturation(pixels, factor), reference, mean=mean, largest=1)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.2, 0.6, 0.937, 1.083, 1.4, 1.8])
+def test_saturation_gives_grey_pixels_no_colour(factor):
+    gray = to_gray(generated(0, 128, 128))
+    assert np.array_equal(adjust_saturation(gray, factor), gray)
 
 
 @pytest.mark.parametrize("shift", [-0.5, -0.4, -0.1, -0.03, 0.05, 0.1, 0.25, 0.4, 0.5])
@@ -137,9 +155,16 @@ def test_hue_turns_the_exact_colour_circle(pictures, shift):
             hue, saturation, value = colorsys.rgb_to_hsv(*(pixels[place] / 255))
             exact[place] = colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value)
         exact = np.rint(exact * 255)
-        assert_near(ours, exact, mean=0.5, largest=4)
-        assert_near(ours, theirs, mean=2.0, largest=14)  # torchvision's own rounding included
+        # One step of the circle moves a saturated colour by 6 levels; the hue is rounded to half a
+        # step twice. Torchvision cuts both off to whole steps, and wraps one step too late.
+        assert_near(ours, exact, mean=0.4, largest=6)
+        assert_near(ours, theirs, mean=1.5, largest=18)
         assert np.abs(ours - exact).mean() < np.abs(np.asarray(theirs) - exact).mean() + 0.05
+
+
+def test_no_turn_of_the_hue_changes_nothing(pictures):
+    for pixels in pictures:
+        assert np.array_equal(adjust_hue(pixels, 0.0), pixels)
 
 
 def test_hue_turns_primary_colours_into_one_another():
@@ -324,7 +349,9 @@ def test_the_evaluation_view_is_that_of_torchvision(source, size, side, interpol
     pixels = generated(4, *source)
     mode = InterpolationMode(interpolation)
     reference = CenterCrop(size)(Resize(side, mode)(Image.fromarray(pixels)))
-    assert_near(eval_view(pixels, size, interpolation), reference, mean=0.3, largest=2)
+    assert_near(
+        eval_view(pixels, size, interpolation), reference, mean=0.3, largest=LARGEST[interpolation]
+    )
 
 
 def test_the_evaluation_policy_says_what_is_done():
