@@ -282,9 +282,16 @@ def test_decimating_keeps_the_ends_the_spikes_and_the_gaps() -> None:
     assert any(math.isnan(value) for _, value in kept)
 
 
-def test_the_running_mean_does_not_bend_a_straight_line() -> None:
+def test_the_trend_does_not_bend_a_straight_line() -> None:
     line = [(float(i), 3.0 * i) for i in range(200)]
     assert [v for _, v in smoothed(line)] == pytest.approx([v for _, v in line])
+
+
+def test_the_trend_of_a_long_log_is_short_and_keeps_its_level() -> None:
+    noisy = [(float(i), 2.0 + (-1) ** i) for i in range(50_000)]
+    trend = smoothed(noisy)
+    assert len(trend) < 1000
+    assert all(value == pytest.approx(2.0, abs=0.02) for _, value in trend)
 
 
 @pytest.mark.parametrize(

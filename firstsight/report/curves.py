@@ -47,7 +47,7 @@ def chart(
 ) -> str:
     """A figure of the series over steps; empty where none of them has a finite value.
 
-    `smooth` draws the points thin and their running mean bold; `marked` puts a marker on each
+    `smooth` draws the points thin and their trend bold; `marked` puts a marker on each
     point; `level` is a dashed horizontal line and what it means; `note` explains the figure;
     `until` is the last step that the axis shows, at least.
     """
@@ -101,15 +101,33 @@ def finite(points: Iterable[Point]) -> list[Point]:
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """The centred running mean of the values, over a fifteenth of the curve; gaps stay gaps."""
-    reach = len(points) // 30
-    means = []
+    """The trend of the values: at each point a straight line fitted to a fifteenth of the curve.
+
+    A line, not a mean, so that the ends of a falling curve are not bent. Gaps stay gaps; a long
+    log is averaged in stretches first.
+    """
+    stride = max(1, len(points) // _MOST)
+    if stride > 1:
+        points = [_mean(points[i : i + stride]) for i in range(0, len(points), stride)]
+    reach = max(1, len(points) // 30)
+    trend = []
     for i, (step, value) in enumerate(points):
-        # as far to the left as to the right, or a falling curve would be bent at its ends
-        near = min(reach, i, len(points) - 1 - i)
-        known = [v for _, v in points[i - near : i + near + 1] if math.isfinite(v)]
-        means.append((step, sum(known) / len(known) if math.isfinite(value) else value))
-    return means
+        near = finite(points[max(0, i - reach) : i + reach + 1])
+        trend.append((step, _on_line(near, step) if math.isfinite(value) else value))
+    return trend
+
+
+def _mean(points: Sequence[Point]) -> Point:
+    known = finite(points) or points
+    return sum(x for x, _ in known) / len(known), sum(y for _, y in known) / len(known)
+
+
+def _on_line(points: Sequence[Point], at: float) -> float:
+    """The value at a step of the straight line that fits best (least squares)."""
+    x_mean, y_mean = _mean(points)
+    spread = sum((x - x_mean) ** 2 for x, _ in points)
+    slope = sum((x - x_mean) * (y - y_mean) for x, y in points) / spread if spread else 0.0
+    return y_mean + slope * (at - x_mean)
 
 
 def decimated(points: Sequence[Point], most: int = _MOST) -> list[Point]:

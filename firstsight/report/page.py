@@ -262,7 +262,7 @@ def _curves(runs: Sequence[Run]) -> str:
     return "".join(f'<div class="{c}">\n{"".join(g)}</div>\n' for c, g in groups if any(g))
 
 
-_LOSS_NOTE = "Thin: as logged. Bold: its running mean."
+_LOSS_NOTE = "Thin: as logged. Bold: the trend."
 
 
 def _knn_chart(runs: Sequence[Run]) -> str:
