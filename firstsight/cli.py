@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -181,13 +181,15 @@ def _overview() -> str:
     )
 
 
-def _parsed(kind: type[T], args: list[str], prog: str, text: str | None = None, start: T | None = None) -> T:
-    return tyro.cli(
-        Annotated[kind, tyro.conf.FlagConversionOff],  # type: ignore[arg-type]
-        args=[_dotted(arg) for arg in args],
-        prog=f"firstsight {prog}",
-        description=text,
-        **({} if start is None else {"default": start}),
+def _parsed(
+    kind: type[T], args: list[str], prog: str, text: str | None = None, start: T | None = None
+) -> T:
+    parse: Callable[..., T] = tyro.cli
+    begin = {} if start is None else {"default": start}
+    args = [_dotted(arg) for arg in args]
+    explicit = (tyro.conf.FlagConversionOff,)
+    return parse(
+        kind, args=args, prog=f"firstsight {prog}", description=text, config=explicit, **begin
     )
 
 
@@ -236,7 +238,11 @@ def _number(flag: str, value: Any, kind: type[T]) -> T | None:
 
 
 def _show(
-    title: str, columns: list[str], rows: list[list[str]], result: dict[str, Any], target: str | None
+    title: str,
+    columns: list[str],
+    rows: list[list[str]],
+    result: dict[str, Any],
+    target: str | None,
 ) -> None:
     """Print a result as a table with its protocol, and write it as JSON where asked."""
     table = Table(title=title, title_justify="left")
@@ -252,4 +258,6 @@ def _show(
         try:
             Path(target).write_text(json.dumps(result, indent=2) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {target} ({error.strerror}); use another --json") from None
+            raise UserError(
+                f"cannot write {target} ({error.strerror}); use another --json"
+            ) from None

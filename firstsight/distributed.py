@@ -1,18 +1,18 @@
 """Every call that concerns other processes. Alone, each of them is the identity.
 
-One device is the normal case: nothing here needs to be started for it. Under torchrun (or anything
-that sets RANK, WORLD_SIZE and LOCAL_RANK) `start` joins the group, and the same code runs on W ranks.
+One device is the normal case: nothing here needs to be started for it. Under torchrun (or what else
+sets RANK, WORLD_SIZE and LOCAL_RANK) `start` joins the group, and the same code runs on W ranks.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
 
 _device = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def start(device: str) -> torch.device:
     if launched and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     global _device
-    _device = torch.device(kind, torch.cuda.current_device() if kind == "cuda" else None)
+    _device = torch.device(f"cuda:{torch.cuda.current_device()}" if kind == "cuda" else kind)
     return _device
 
 
@@ -105,8 +105,8 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        gradient = gradient.contiguous()
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].contiguous()
         dist.all_reduce(gradient)
         return gradient.chunk(world())[rank()]
 
@@ -121,8 +121,8 @@ class _Sum(torch.autograd.Function):
         return tensor
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        gradient = gradient.clone()
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].clone()
         dist.all_reduce(gradient)
         return gradient
 
@@ -195,7 +195,8 @@ def globalised(module: nn.Module) -> nn.Module:
     if world() == 1:
         return module
     if torch.cuda.is_available():
-        return cast(nn.Module, nn.SyncBatchNorm.convert_sync_batchnorm(module))
+        convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+        return convert(module)
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
             norm = GlobalBatchNorm(child.num_features, child.eps, child.momentum, child.affine)

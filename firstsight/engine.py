@@ -28,7 +28,6 @@ from firstsight.probe import KnnProbe
 from firstsight.settings import Pretrain, plain
 from firstsight.sources.base import Source
 
-
 SNAPSHOTS = 10
 """Backbones kept over a run, evenly spread."""
 
@@ -71,10 +70,11 @@ def pretrain(
         steps,
         config.workers,
     )
-    if probe and log and first == 0:
-        log.write(0, {"epoch": 0.0, "knn": probe.read(method.backbone)})
-    elif probe and first == 0:
-        probe.read(method.backbone)  # every rank takes its share of a reading
+    if probe and first == 0:  # every rank takes its share of a reading
+        readings = {"knn": probe.read(method.backbone)}
+        readings["knn_quick"] = probe.read_quickly(method.backbone)
+        if log:
+            log.write(0, {"epoch": 0.0, **readings})
 
     bad: set[str] = set()
     waited = trained = 0.0  # seconds since the last line of the log
@@ -159,7 +159,7 @@ def pretrain(
 def resume(
     out: Path, method: Method, optimizer: torch.optim.Optimizer, source: Source
 ) -> tuple[int, float]:
-    """Load the newest whole checkpoint of the run; (steps done, seconds trained), (0, 0) if none."""
+    """Load the newest whole checkpoint of the run; (steps done, seconds trained) or zeros."""
     state, damaged = checkpoint.newest(out / "checkpoints")
     for complaint in damaged:
         say(f"{complaint}; taking the one before it")
@@ -184,11 +184,12 @@ def parallel(method: Method, device: torch.device) -> nn.Module:
     known = inspect.signature(DistributedDataParallel).parameters
     keep = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(method, device_ids=devices, **{keep: False})
+    options: dict[str, Any] = {"device_ids": devices, keep: False}
+    return DistributedDataParallel(method, **options)
 
 
 def due(done: int, steps: int, times: int) -> bool:
-    """Whether one of `times` evenly spread moments of the run falls on this step (the last one does)."""
+    """Whether one of `times` evenly spread moments of a run falls on this step; the end is one."""
     return times > 0 and (done * times) // steps > ((done - 1) * times) // steps
 
 
@@ -197,13 +198,24 @@ def refuse_nonfinite(loss: Tensor, method: nn.Module, step: int, out: Path) -> N
     if math.isfinite(loss.item()):
         return
     tensors: list[tuple[str, Tensor | None]] = []
-    for kind, named in (("parameter", method.named_parameters()), ("buffer", method.named_buffers())):
+    for kind, named in (
+        ("parameter", method.named_parameters()),
+        ("buffer", method.named_buffers()),
+    ):
         tensors += [(f"{kind} {name}", tensor) for name, tensor in named]
     tensors += [(f"gradient of {name}", p.grad) for name, p in method.named_parameters()]
     names = [name for name, t in tensors if t is not None and not t.isfinite().all()]
-    found = f"{len(names)} tensors went bad, {', '.join(names[:3])} first" if names else "all tensors are finite"
+    found = (
+        f"{len(names)} tensors went bad, {', '.join(names[:3])} first"
+        if names
+        else "all tensors are finite"
+    )
     last = out / "checkpoints" / "last"
-    kept = f"the last good checkpoint is {last.resolve()}" if last.exists() else "nothing was saved yet"
+    kept = (
+        f"the last good checkpoint is {last.resolve()}"
+        if last.exists()
+        else "nothing was saved yet"
+    )
     raise UserError(
         f"the loss is {loss.item()} at step {step} ({found}); {kept}; "
         f"start another run with a lower --lr, a longer --warmup-epochs or --precision fp32"

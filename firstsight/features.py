@@ -79,7 +79,9 @@ def extract(
 
 def _is_channels_last(backbone: Backbone) -> bool:
     return any(
-        p.ndim == 4 and p.shape[1] > 1 and p.is_contiguous(memory_format=torch.channels_last)
+        p.ndim == 4
+        and p.shape[1] > 1
+        and p.is_contiguous(memory_format=torch.channels_last)
         and not p.is_contiguous()
         for p in backbone.parameters()
     )

@@ -19,7 +19,8 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * _MIX_1
     z = (z ^ (z >> np.uint64(27))) * _MIX_2
-    return z ^ (z >> np.uint64(31))
+    mixed: NDArray[np.uint64] = z ^ (z >> np.uint64(31))
+    return mixed
 
 
 def hashed(*key: ArrayLike) -> NDArray[np.uint64]:
@@ -33,7 +34,8 @@ def hashed(*key: ArrayLike) -> NDArray[np.uint64]:
 
 def uniform(*key: ArrayLike) -> NDArray[np.float64]:
     """A number in [0, 1) for each key; the parts of the key (integers >= 0) are broadcast."""
-    return (hashed(*key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    top: NDArray[np.float64] = (hashed(*key) >> np.uint64(11)).astype(np.float64)
+    return np.asarray(top * 2.0**-53)
 
 
 def seed(*key: int) -> int:

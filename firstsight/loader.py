@@ -36,7 +36,7 @@ _CHUNK = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Steps(Dataset[Any]):
-    """Step -> this rank's share of its batch; uint8 views, or the `UserError` met while making it."""
+    """Step -> this rank's share of its batch in uint8, or the `UserError` met in making it."""
 
     source: Source
     views: Views
@@ -70,7 +70,9 @@ class Steps(Dataset[Any]):
             crops[part], flips[part] = drawn.crops, drawn.flips
             for b, image in enumerate(images):
                 for v, picture in enumerate(pictures):
-                    apply(image, drawn, b, v, sizes[v], self.views.interpolation, picture[start + b])
+                    apply(
+                        image, drawn, b, v, sizes[v], self.views.interpolation, picture[start + b]
+                    )
         labels = self.source.labels
         return Batch(
             views=tuple(_channels_first(picture) for picture in pictures),
@@ -144,7 +146,9 @@ def normalised(
     return floats.mul_(scale.view(3, 1, 1)).sub_(shift.view(3, 1, 1))
 
 
-def on_device(batch: Batch, views: Views, device: torch.device, layout: torch.memory_format) -> Batch:
+def on_device(
+    batch: Batch, views: Views, device: torch.device, layout: torch.memory_format
+) -> Batch:
     """The batch as a method sees it: on the device, its views normalised floats."""
     batch = batch.to(device)
     floats = tuple(normalised(view, views.mean, views.std, layout) for view in batch.views)

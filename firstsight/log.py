@@ -21,11 +21,14 @@ def say(text: str) -> None:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a log.jsonl, rising in step; a half-written last line is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except ValueError:  # not JSON, or not text at all
             break
+        if not isinstance(record, dict) or "step" not in record:
+            break
+        records.append(record)
     return records
 
 
@@ -44,7 +47,7 @@ class Log:
 
         self.last = kept[-1]["step"] if kept else -1
         self._file = open(path, "a", buffering=1)  # noqa: SIM115  closed in close()
-        self._events = SummaryWriter(str(folder / "events"), purge_step=step + 1)  # type: ignore[no-untyped-call]
+        self._events = SummaryWriter(str(folder / "events"), purge_step=step + 1)
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """One record; a step is written once."""
@@ -53,12 +56,12 @@ class Log:
         self.last = step
         self._file.write(json.dumps({"step": step, **figures}) + "\n")
         for name, value in figures.items():
-            self._events.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Write out what is buffered."""
         self._file.close()
-        self._events.close()  # type: ignore[no-untyped-call]
+        self._events.close()
 
 
 class Meter:
@@ -95,7 +98,10 @@ class Meter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._bar is not None:
             self._bar.stop()

@@ -29,7 +29,7 @@ def nearest(
     if metric == "cosine":
         train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     k = min(k, len(train))
-    for block in test.split(max(1, _CHUNK_BYTES // (4 * len(train)))):
+    for block in torch.split(test, max(1, _CHUNK_BYTES // (4 * len(train)))):
         if metric == "cosine":
             closeness = block @ train.T
         else:
@@ -63,7 +63,7 @@ def votes(
 
 
 def ranked(summed: Tensor) -> Tensor:
-    """(m, classes) classes from most to fewest votes; of equal ones the lowest label comes first."""
+    """(m, classes) classes from most to fewest votes; of equal ones the lowest first."""
     return summed.argsort(dim=1, descending=True, stable=True)
 
 

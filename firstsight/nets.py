@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,8 @@ class SplitBatchNorm(nn.BatchNorm2d):
     """Batch-norm with separate statistics for each of `splits` equal parts of the batch.
 
     It emulates on one device what batch-norm does on `splits` devices; running statistics are the
-    mean over the parts. `differs from the paper:` the parts of MoCo's CIFAR-10 demo are interleaved,
-    ours are runs of neighbouring rows as ranks would hold them; in a random batch that is the same.
+    mean over the parts. differs from the paper: the parts of MoCo's CIFAR-10 demo are interleaved,
+    ours are runs of neighbours as ranks would hold them; in a random batch that is the same.
     """
 
     def __init__(self, norm: nn.BatchNorm2d, splits: int) -> None:
@@ -77,13 +78,13 @@ class MomentumEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """What the copied modules, one after the other, make of the images."""
-        return self.copy(images)  # type: ignore[no-any-return]
+        return cast(Tensor, self.copy(images))
 
     @torch.no_grad()
     def follow(self, *followed: nn.Module, momentum: float) -> None:
         """Move each parameter: momentum * own + (1 - momentum) * followed."""
-        own = list(self.copy.parameters())
-        other = [p.detach() for module in followed for p in module.parameters()]
+        own: list[Tensor] = list(self.copy.parameters())
+        other: list[Tensor] = [p.detach() for module in followed for p in module.parameters()]
         torch._foreach_lerp_(own, other, 1 - momentum)
 
 

@@ -21,7 +21,7 @@ _TRIAL_STEPS = 3
 
 
 def pick(name: str, config: Pretrain) -> tuple[str, str]:
-    """(precision, layout) for a resolved config: what was asked for, and the fastest of the rest."""
+    """(precision, layout): what was asked for, and the fastest where `auto` was."""
     device = distributed.device()
     precisions = [config.precision] if config.precision != "auto" else _worth_trying(device)
     layouts = [config.layout] if config.layout != "auto" else list(LAYOUTS)
@@ -30,7 +30,9 @@ def pick(name: str, config: Pretrain) -> tuple[str, str]:
     trials = list(itertools.product(precisions, layouts))
     if len(trials) == 1:
         return trials[0]
-    rates = {trial: _rate(name, config, *trial) for trial in trials} if distributed.rank() == 0 else {}
+    rates = (
+        {trial: _rate(name, config, *trial) for trial in trials} if distributed.rank() == 0 else {}
+    )
     best: tuple[str, str] = distributed.share(max(rates, key=rates.__getitem__) if rates else None)
     if distributed.rank() == 0:
         tried = ", ".join(f"{p} {layout} {rate:.0f}" for (p, layout), rate in rates.items())

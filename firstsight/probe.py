@@ -67,6 +67,7 @@ class KnnProbe:
             "representation": "norm",
             "size": self.reader.size,
             "precision": self.reader.precision,
+            "classes": len(self.test.classes),
             "train": {"source": self.train.spec, "images": len(self.train)},
             "test": {"source": self.test.spec, "images": len(self.test)},
         }

@@ -33,7 +33,7 @@ from firstsight.sources.base import Source
 
 
 def pretrain(name: str, config: Pretrain) -> Path:
-    """Pretrain method `name`; start the run in `config.out`, or go on with it; return its folder."""
+    """Pretrain method `name`: start the run in `config.out` or go on with it; its folder."""
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     distributed.start(config.device)
     out = Path(distributed.share(config.out or str(_next_free(name))))
@@ -133,7 +133,9 @@ def _only_writer(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{out} is being written by another process; use another --out") from None
+            raise UserError(
+                f"{out} is being written by another process; use another --out"
+            ) from None
         yield
 
 

@@ -154,7 +154,7 @@ def plain(settings: Any) -> dict[str, Any]:
 
 
 def preset_views(name: str, size: int) -> Views:
-    """The views of a preset; its small-image version for views below SMALL pixels, if it has one."""
+    """The views of a preset; below SMALL pixels its small-image version, if it has one."""
     small = f"{name}-small"
     return PRESETS[small] if size < SMALL and small in PRESETS else PRESETS[name]
 
@@ -239,7 +239,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give --config a YAML file") from None
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; give --config a YAML file"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not plain YAML: {reason}") from None

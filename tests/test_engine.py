@@ -45,7 +45,7 @@ def test_views_do_not_depend_on_the_number_of_workers():
 def test_ranks_share_out_the_batch_of_one_process():
     settings = config("simclr", "unused")
     order = loader.Epochs(48, 8, 0)
-    common = dict(source=Patches(), views=settings.views, size=32, order=order, seed=0)
+    common = {"source": Patches(), "views": settings.views, "size": 32, "order": order, "seed": 0}
     whole = loader.Steps(**common, rank=0, world=1).batch(2)
     parts = [loader.Steps(**common, rank=r, world=2).batch(2) for r in range(2)]
     for v in range(2):
@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, capsys):
     train(tmp_path, keep=3)
     newest = (tmp_path / "checkpoints" / "last").resolve()
     newest.write_bytes(newest.read_bytes()[:5000])
-    method, done, steps = train(tmp_path, keep=3)
+    _, done, steps = train(tmp_path, keep=3)
     assert done == steps == 12
     assert "is not a readable checkpoint" in capsys.readouterr().err
 
@@ -206,7 +206,16 @@ def test_a_signal_leaves_a_run_that_goes_on_to_the_same_end(number, tmp_path):
             *(sys.executable, "-m", "firstsight", "pretrain", "simclr"),
             *("--data", "scenes:train@256", "--backbone", "timm:test_resnet", "--size", "32"),
             *("--epochs", "6", "--batch-size", "16", "--out", str(folder), "--workers", "1"),
-            *("--log-every", "1", "--precision", "fp32", "--layout", "contiguous", "--threads", "1"),
+            *(
+                "--log-every",
+                "1",
+                "--precision",
+                "fp32",
+                "--layout",
+                "contiguous",
+                "--threads",
+                "1",
+            ),
         ]
 
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
@@ -221,9 +230,7 @@ def test_a_signal_leaves_a_run_that_goes_on_to_the_same_end(number, tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in err, err
     subprocess.run(command(tmp_path / "cut"), check=True, capture_output=True)
-    whole, cut = (
-        torch.load(tmp_path / name / "checkpoints" / "last") for name in ("whole", "cut")
-    )
+    whole, cut = (torch.load(tmp_path / name / "checkpoints" / "last") for name in ("whole", "cut"))
     assert all(torch.equal(whole["method"][key], cut["method"][key]) for key in whole["method"])
     assert [r["step"] for r in read_log(log)] == list(range(1, 97))
     assert json.loads((tmp_path / "cut" / "summary.json").read_text())["steps"] == 96

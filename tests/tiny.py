@@ -16,7 +16,7 @@ NETWORK = "timm:test_resnet"  # 0.4 million parameters: steps of milliseconds
 
 
 class Patches(Source):
-    """Coloured noise of several sizes; image i is a function of i. Some indices may be unreadable."""
+    """Coloured noise of several sizes; image i is a function of i. Some may be unreadable."""
 
     def __init__(self, count: int = 48, unreadable: tuple[int, ...] = ()) -> None:
         self.spec, self.count, self.unreadable = "patches", count, unreadable

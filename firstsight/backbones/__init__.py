@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,10 +81,10 @@ class Timm(Backbone):
         if name not in timm.list_models():
             raise unknown("timm network", name, _near_timm(name))
         resizable = name.startswith(("vit", "deit", "eva", "beit"))
-        options = {"img_size": size, "dynamic_img_size": True} if resizable else {}
-        network = timm.create_model(name, pretrained=False, num_classes=0, **options)
+        options: dict[str, Any] = {"img_size": size, "dynamic_img_size": True} if resizable else {}
+        network: Any = timm.create_model(name, pretrained=False, num_classes=0, **options)
         self.network = network
-        self.width = network.num_features
+        self.width = int(network.num_features)
         self.stride = size // max(self._map_side(size), 1)
 
     @torch.no_grad()
@@ -97,17 +97,19 @@ class Timm(Backbone):
 
     def feature_map(self, images: Tensor) -> Tensor:
         """(B, C, h, w); of a transformer, its patch tokens laid out as a map."""
-        x = cast(Tensor, self.network.forward_features(images))
+        network: Any = self.network
+        x: Tensor = network.forward_features(images)
         if x.ndim == 3:  # tokens (B, prefix + h * w, C)
-            x = x[:, getattr(self.network, "num_prefix_tokens", 0) :]
+            x = x[:, getattr(network, "num_prefix_tokens", 0) :]
             side = round(x.shape[1] ** 0.5)
-            return x.transpose(1, 2).unflatten(2, (side, side))
+            return x.transpose(1, 2).reshape(len(x), self.width, side, side)
         return x.permute(0, 3, 1, 2) if x.shape[1] != self.width else x  # some are channels-last
 
     def features(self, images: Tensor) -> Tensor:
         """(B, C) as timm pools them for its classifier."""
-        x = self.network.forward_features(images)
-        return cast(Tensor, self.network.forward_head(x, pre_logits=True))
+        network: Any = self.network
+        pooled: Tensor = network.forward_head(network.forward_features(images), pre_logits=True)
+        return pooled
 
 
 def _near_timm(name: str) -> list[str]:

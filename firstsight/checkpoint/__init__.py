@@ -60,8 +60,8 @@ def _all(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest state that can be read (None where there is none), and what had to be passed over."""
-    damaged = []
+    """The newest state that can be read, if any, and what had to be passed over for it."""
+    damaged: list[str] = []
     for path in reversed(_all(folder)):
         try:
             return read(path), damaged
@@ -86,14 +86,15 @@ def _first_line(error: Exception) -> str:
 
 
 def load_state(module: torch.nn.Module, state: dict[str, Any], path: Path | str) -> None:
-    """Load a state into `module`, all of it; another architecture is refused with the first difference."""
+    """Load all of a state into `module`; another architecture is refused, saying what differs."""
     own = module.state_dict()
     missing = [name for name in own if name not in state]
     extra = [name for name in state if name not in own]
     unlike = [n for n in own if n in state and own[n].shape != state[n].shape]
     if missing or extra or unlike:
         first = (
-            f"{unlike[0]} is {tuple(state[unlike[0]].shape)} there and {tuple(own[unlike[0]].shape)} here"
+            f"{unlike[0]} is {list(state[unlike[0]].shape)} there"
+            f" and {list(own[unlike[0]].shape)} here"
             if unlike
             else f"{(missing or extra)[0]} is {'missing there' if missing else 'unknown here'}"
         )
@@ -103,7 +104,9 @@ def load_state(module: torch.nn.Module, state: dict[str, Any], path: Path | str)
 
 def save_backbone(path: Path, backbone: Backbone, about: dict[str, Any]) -> None:
     """Write the backbone's weights as safetensors; `about` (what it is) goes in as text."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _weights(backbone).items()}
+    weights = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in _weights(backbone).items()
+    }
     whole = serialize(weights, {"format": "pt", "firstsight": json.dumps(about)})
     write_atomically(path, lambda file: file.write(whole))
 
@@ -113,7 +116,9 @@ def _weights(backbone: Backbone) -> dict[str, torch.Tensor]:
     return inner.state_dict()
 
 
-def about_backbone(backbone: Backbone, size: int, mean: Any, std: Any, **more: Any) -> dict[str, Any]:
+def about_backbone(
+    backbone: Backbone, size: int, mean: Any, std: Any, **more: Any
+) -> dict[str, Any]:
     """What `backbone.json` says: all that is needed to build the network and feed it."""
     return {
         "backbone": backbone.name,
@@ -146,7 +151,8 @@ def load_backbone(spec: str) -> tuple[Backbone, dict[str, Any]]:
         return _from_run(path)
     if not path.exists():
         raise UserError(
-            f"no checkpoint {spec}; give a run folder, a file, random:NAME, torchvision:NAME or timm:NAME"
+            f"no checkpoint {spec}; "
+            "give a run folder, a file, random:NAME, torchvision:NAME or timm:NAME"
         )
     return _from_safetensors(path) if path.suffix == ".safetensors" else _from_state(path)
 
@@ -171,7 +177,9 @@ def _published(kind: str, name: str) -> Backbone:
             weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
             load_state(backbone, weights, f"torchvision:{name}")
     except (OSError, RuntimeError) as error:
-        raise UserError(f"the weights of {kind}:{name} are not at hand ({_first_line(error)})") from error
+        raise UserError(
+            f"the weights of {kind}:{name} are not at hand ({_first_line(error)})"
+        ) from error
     return backbone
 
 
@@ -194,7 +202,9 @@ def _from_parts(state: dict[str, Any], where: str) -> tuple[Backbone, dict[str, 
     about = state["about"]
     backbone = backbones.build(about["backbone"], about["stem"], about["size"])
     prefix = "backbone."
-    weights = {k.removeprefix(prefix): v for k, v in state["method"].items() if k.startswith(prefix)}
+    weights = {
+        k.removeprefix(prefix): v for k, v in state["method"].items() if k.startswith(prefix)
+    }
     load_state(backbone, weights, where)
     return _ready(backbone), dict(about)
 
@@ -207,9 +217,13 @@ def _from_safetensors(path: Path) -> tuple[Backbone, dict[str, Any]]:
             text = (file.metadata() or {}).get("firstsight")
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({_first_line(error)})") from error
+        raise UserError(
+            f"{path} is not a readable safetensors file ({_first_line(error)})"
+        ) from error
     if text is None:
-        raise UserError(f"{path} was not written by firstsight: it does not say what network it holds")
+        raise UserError(
+            f"{path} was not written by firstsight: it does not say what network it holds"
+        )
     about = json.loads(text)
     backbone = backbones.build(about["backbone"], about["stem"], about["size"])
     inner = backbone.network if isinstance(backbone, backbones.Timm) else backbone

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-import firstsight
 from firstsight import checkpoint, distributed, methods
 from firstsight.backbones import Backbone
 from firstsight.errors import UserError
@@ -19,6 +18,7 @@ from firstsight.metrics import Metric, Weighting, knn_accuracy
 from firstsight.settings import Pretrain, merged, read_yaml
 from firstsight.sources import open_source
 from firstsight.sources.base import Source
+from firstsight.version import __version__
 from firstsight.views import IMAGENET_MEAN, IMAGENET_STD, Views
 
 
@@ -85,7 +85,7 @@ def knn(
             "size": reader.size,
             "precision": precision,
             "seed": seed,
-            "versions": {"firstsight": firstsight.__version__, "torch": torch.__version__},
+            "versions": {"firstsight": __version__, "torch": torch.__version__},
         },
         "k": {str(one): figures[one] for one in ks},
         "best": {"k": best, "top1": figures[best]["top1"], "chosen_on": "the test images"},
@@ -102,7 +102,9 @@ def _labelled(flag: str, spec: str) -> Source:
     return source
 
 
-def _features(backbone: Backbone, source: Source, reader: Reader, count: int, seed: int) -> Features:
+def _features(
+    backbone: Backbone, source: Source, reader: Reader, count: int, seed: int
+) -> Features:
     from firstsight.features import subset
 
     return extract(backbone, source, reader, subset(source, count, seed) if count else None)
@@ -123,7 +125,8 @@ class _Embedding(Backbone):
         return self.backbone.feature_map(images)
 
     def features(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone.features(images))  # type: ignore[no-any-return]
+        embedding: Tensor = self.projector(self.backbone.features(images))
+        return embedding
 
 
 def _network(spec: str, layer: str) -> tuple[Backbone, dict[str, Any]]:

@@ -33,7 +33,9 @@ def load(name: str) -> tuple[type[Method], Any]:
     found = [
         value
         for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, Method) and value.__module__ == module.__name__
+        if inspect.isclass(value)
+        and issubclass(value, Method)
+        and value.__module__ == module.__name__
     ]
     (method,) = found  # one method, one file
     return method, module.Config
@@ -73,7 +75,9 @@ def describe(name: str) -> tuple[str, Any, Any]:
     module = ModuleType(f"firstsight.methods._light_{name}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # where inspect looks for the help under each field
-    code = compile(ast.Module(body=cast("list[ast.stmt]", kept), type_ignores=[]), str(path), "exec")
+    code = compile(
+        ast.Module(body=cast("list[ast.stmt]", kept), type_ignores=[]), str(path), "exec"
+    )
     exec(code, vars(module))
     summary = (ast.get_docstring(tree) or name).splitlines()[0]
     return summary, module.DEFAULTS, module.Config()

@@ -40,8 +40,8 @@ class Method(nn.Module, ABC):
     def forward(self, batch: Batch) -> Output:
         """The loss of a batch of normalised views."""
 
-    def before_step(self, progress: float) -> None:  # noqa: B027
+    def before_step(self, progress: float) -> None:
         """Called between backward and the optimiser; `progress` is the share of the run done."""
 
-    def after_step(self, progress: float, lr: float) -> None:  # noqa: B027
+    def after_step(self, progress: float, lr: float) -> None:
         """Called after the optimiser: moving averages, row updates."""

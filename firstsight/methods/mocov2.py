@@ -121,6 +121,4 @@ class MoCoV2(Method):
         The paper's code moves it at the start of the next forward: the same sequence, since
         nothing happens in between and the copies start equal.
         """
-        self.momentum_encoder.follow(
-            self.backbone, self.projector, momentum=self.config.momentum
-        )
+        self.momentum_encoder.follow(self.backbone, self.projector, momentum=self.config.momentum)

@@ -79,8 +79,8 @@ class SimCLR(Method):
             nn.Linear(config.hidden, config.dim, bias=False),
             nn.BatchNorm1d(config.dim),
         )
-        nn.init.zeros_(self.projector[-1].bias)  # the authors' last norm has a scale, no offset
-        self.projector[-1].bias.requires_grad_(False)
+        # the authors' last norm has a scale and no offset
+        self.projector.get_parameter("4.bias").requires_grad_(False)
 
     def forward(self, batch: Batch) -> Output:
         """The NT-Xent loss of two views, encoded in one pass as one batch of 2B images."""

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 from firstsight import methods
 from firstsight.errors import UserError
 from firstsight.log import read_log
-from firstsight.settings import Pretrain, plain, preset_views, read_yaml
+from firstsight.settings import plain, read_yaml, starting_point
 
 _MAGIC = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
@@ -178,10 +178,8 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _defaults(method: str, size: Any) -> dict[str, Any]:
     try:
         _, defaults, own = methods.describe(method)
-        values = dict(vars(defaults))
         side = size if isinstance(size, int) and size > 0 else 224
-        values["views"] = preset_views(values["views"], side)
-        return flat(plain(Pretrain(data="", method=own, **values)))
+        return flat(plain(starting_point(defaults, own, side, None)))
     except UserError:  # a method of another version: nothing to compare with
         return {}
 

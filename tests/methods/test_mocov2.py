@@ -120,7 +120,9 @@ def test_no_key_is_a_negative_of_its_own_step():
     with torch.no_grad():
         moco.queue.keys.zero_()
     batch = batch_of(4)
-    twin = Batch(views=(batch.views[0],) * 2, crops=batch.crops, flips=batch.flips, index=batch.index)
+    twin = Batch(
+        views=(batch.views[0],) * 2, crops=batch.crops, flips=batch.flips, index=batch.index
+    )
     # queries equal keys at the start, similarity 1; all negatives have similarity 0
     expected = -math.log(math.exp(5) / (math.exp(5) + 24))
     assert moco(twin).loss.item() == pytest.approx(expected, abs=1e-4)
