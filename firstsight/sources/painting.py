@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from firstsight import keyed
 from firstsight.sources.base import Pixels
 
-VERSION = 1
+VERSION = 2
 """Part of every seed and of the name of the cache: raise it whenever a picture changes."""
 
 SIZE = 96
@@ -64,11 +64,11 @@ def paint(split: int, index: int, label: int) -> tuple[Pixels, NDArray[np.bool_]
 
 def _palettes(rng: np.random.Generator) -> tuple[Field, Field]:
     """Colours of ground and body, apart enough that the eye finds the outline."""
-    ground, body = _ramp(rng, rng.uniform(0.15, 0.4)), _ramp(rng, rng.uniform(0.1, 0.3))
+    ground, body = _ramp(rng, rng.uniform(0.1, 0.3)), _ramp(rng, rng.uniform(0.08, 0.25))
     for _ in range(20):
-        if np.linalg.norm(ground.mean(0) - body.mean(0)) > 0.45:
+        if np.linalg.norm(ground.mean(0) - body.mean(0)) > 0.5:
             break
-        body = _ramp(rng, rng.uniform(0.1, 0.3))
+        body = _ramp(rng, rng.uniform(0.08, 0.25))
     return ground, body
 
 
