@@ -41,6 +41,12 @@ def _best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # not on every platform
+    return len(allowed(0)) if allowed is not None else os.cpu_count() or 1
+
+
 def stop() -> None:
     """Leave the group."""
     if dist.is_initialized():

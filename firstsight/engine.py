@@ -114,14 +114,7 @@ def pretrain(
             trained += time.perf_counter() - began
             images += config.batch_size
 
-            for identity in set(batch.bad) - bad:
-                bad.add(identity)
-                say(f"cannot decode {identity}: replaced ({len(bad)} so far)")
-            if bad and logging and len(bad) > config.max_bad * len(source):
-                raise UserError(
-                    f"{len(bad)} of {len(source)} images cannot be decoded, {min(bad)} among them; "
-                    f"mend them or use --max-bad {len(bad) / len(source) + 0.01:.2f}"
-                )
+            note_bad(batch.bad, bad, config.max_bad * len(source))
             if logging or reading:
                 figures = {
                     "epoch": done / order.steps_per_epoch,
@@ -144,6 +137,7 @@ def pretrain(
             if main and due(done, steps, SNAPSHOTS):
                 snapshot(out, method, config, done)
             if saving and main:
+                refuse_to_save_nonfinite(method, step, out)
                 state = {"step": done, "seconds": seconds + trained, "source": fingerprint}
                 state |= {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
                 state |= {"name": name, "settings": plain(config), "about": about(method, config)}
@@ -193,32 +187,41 @@ def due(done: int, steps: int, times: int) -> bool:
     return times > 0 and (done * times) // steps > ((done - 1) * times) // steps
 
 
+def note_bad(names: tuple[str, ...], known: set[str], most: float) -> None:
+    """Name each undecodable image once; refuse to go on with more than `most` of them."""
+    for name in sorted(set(names) - known):
+        known.add(name)
+        say(f"cannot decode {name}: replaced ({len(known)} so far)")
+    if names and len(known) > most:
+        raise UserError(
+            f"{len(known)} images cannot be decoded, {min(known)} among them, and --max-bad allows "
+            f"{most:.0f}; mend or remove them, or allow more"
+        )
+
+
 def refuse_nonfinite(loss: Tensor, method: nn.Module, step: int, out: Path) -> None:
     """Stop the run when the loss is not finite, before anything is updated or saved with it."""
-    if math.isfinite(loss.item()):
-        return
-    tensors: list[tuple[str, Tensor | None]] = []
-    for kind, named in (
-        ("parameter", method.named_parameters()),
-        ("buffer", method.named_buffers()),
-    ):
-        tensors += [(f"{kind} {name}", tensor) for name, tensor in named]
+    if not math.isfinite(loss.item()):
+        raise nonfinite(f"the loss is {loss.item()}", method, step, out)
+
+
+def refuse_to_save_nonfinite(method: nn.Module, step: int, out: Path) -> None:
+    """Stop the run when an update broke a tensor: the checkpoint before it stays the last."""
+    if not all(t.isfinite().all() for t in method.state_dict().values()):
+        raise nonfinite("the update broke the networks", method, step, out)
+
+
+def nonfinite(what: str, method: nn.Module, step: int, out: Path) -> UserError:
+    """What to tell: which tensors went bad, and where the last good ones are."""
+    tensors: list[tuple[str, Tensor | None]] = list(method.state_dict().items())
     tensors += [(f"gradient of {name}", p.grad) for name, p in method.named_parameters()]
-    names = [name for name, t in tensors if t is not None and not t.isfinite().all()]
-    found = (
-        f"{len(names)} tensors went bad, {', '.join(names[:3])} first"
-        if names
-        else "all tensors are finite"
-    )
+    bad = [name for name, t in tensors if t is not None and not t.isfinite().all()]
+    named = f"{len(bad)} tensors went bad, {', '.join(bad[:3])} first" if bad else "no tensor did"
     last = out / "checkpoints" / "last"
-    kept = (
-        f"the last good checkpoint is {last.resolve()}"
-        if last.exists()
-        else "nothing was saved yet"
-    )
-    raise UserError(
-        f"the loss is {loss.item()} at step {step} ({found}); {kept}; "
-        f"start another run with a lower --lr, a longer --warmup-epochs or --precision fp32"
+    kept = f"the last good checkpoint is {last.resolve()}" if last.exists() else "none was saved"
+    return UserError(
+        f"{what} at step {step} ({named}); {kept}; start another run with a lower --lr, "
+        f"a longer --warmup-epochs or --precision fp32"
     )
 
 

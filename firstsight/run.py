@@ -34,7 +34,7 @@ from firstsight.sources.base import Source
 
 def pretrain(name: str, config: Pretrain) -> Path:
     """Pretrain method `name`: start the run in `config.out` or go on with it; its folder."""
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.threads or distributed.cores())
     distributed.start(config.device)
     out = Path(distributed.share(config.out or str(_next_free(name))))
     source = open_source(config.data)
@@ -106,7 +106,7 @@ def _next_free(name: str) -> Path:
 
 
 def _workers(config: Pretrain) -> int:
-    cores = len(os.sched_getaffinity(0))
+    cores = distributed.cores()
     if config.workers >= 0:
         return config.workers
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -67,7 +67,7 @@ def test_a_bad_file_is_named_and_replaced_by_always_the_same_one():
 
 
 def test_too_many_bad_files_stop_the_run_and_are_counted(tmp_path, capsys):
-    with pytest.raises(UserError, match=r"of 48 images cannot be decoded.*--max-bad"):
+    with pytest.raises(UserError, match=r"1 images cannot be decoded, .*--max-bad allows 0"):
         train(tmp_path / "a", Patches(unreadable=(3, 4, 5)))
     train(tmp_path / "b", Patches(unreadable=(3, 4)), max_bad=0.1)
     assert read_log(tmp_path / "b" / "log.jsonl")[-1]["bad_images"] == 2
@@ -97,6 +97,19 @@ def test_a_nonfinite_loss_stops_the_run_with_the_last_good_checkpoint(tmp_path, 
     state = checkpoint.read(tmp_path / "checkpoints" / "last")
     assert state["step"] == 6
     assert all(t.isfinite().all() for t in state["method"].values())
+
+
+def test_an_update_that_breaks_the_networks_is_never_saved(tmp_path, monkeypatch):
+    """The loss of the step was finite; the weights after it are not."""
+    real = engine.optim.rate
+    monkeypatch.setattr(
+        engine.optim,
+        "rate",
+        lambda step, *a, **k: float("inf") if step == 5 else real(step, *a, **k),
+    )
+    with pytest.raises(UserError, match=r"broke the networks at step 5.*step-00000003\.pt"):
+        train(tmp_path)
+    assert checkpoint.read(tmp_path / "checkpoints" / "last")["step"] == 3
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
