@@ -34,6 +34,7 @@ from firstsight import backbones
 from firstsight.features import Reader, extract
 from firstsight.metrics import knn_accuracy
 from firstsight.sources import open_source
+from firstsight.sources.base import common_labels
 
 SIZE, BATCH, LR, DECAY, QUEUE, MOMENTUM, TEMPERATURE = 64, 128, 0.03, 1e-4, 4096, 0.99, 0.2
 
@@ -59,7 +60,7 @@ def ours(data: Path, epochs: float, seed: int, out: Path) -> dict[str, float]:
 
 
 class ZippedPhotographs(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """The same photographs as lightly's users would feed them: Pillow images, then its transform."""
+    """The photographs as users of lightly feed them: Pillow images, then its transform."""
 
     def __init__(self, path: Path, transform: object) -> None:
         names = [line.split("\t")[0] for line in path.with_name("train_map.txt").open()]
@@ -120,8 +121,9 @@ def knn(network: nn.Module, data: Path) -> float:
     bank, queries = open_source(f"{data / 'train.zip'}"), open_source(f"{data / 'val.zip'}")
     reader = Reader(size=SIZE, workers=torch.get_num_threads())
     train, test = (extract(network, source, reader) for source in (bank, queries))  # type: ignore[arg-type]
+    labels, truth = common_labels(bank, queries, "bank", "queries")
     figures = knn_accuracy(
-        train.values, train.labels(bank), test.values, test.labels(queries), [20]
+        train.values, train.labels(labels), test.values, test.labels(truth), [20]
     )
     return figures[20]["top1"]
 

@@ -33,12 +33,10 @@ def pretrain(method: str, *, data: str, **settings: Any) -> Path:
     size=64, method={"temperature": 0.1})`. Unknown ones are refused.
     """
     from firstsight import methods, run
-    from firstsight.settings import merged, starting_point
+    from firstsight.settings import begun
 
     _, defaults, own = methods.describe(method)
-    size = int(settings.get("size", 224))
-    start = starting_point(defaults, own, size, settings.get("epochs"))
-    return run.pretrain(method, merged(start, {"data": data, **settings}, "pretrain"))
+    return run.pretrain(method, begun(defaults, own, {"data": data, **settings}, "pretrain"))
 
 
 def __getattr__(name: str) -> Any:
@@ -47,7 +45,7 @@ def __getattr__(name: str) -> Any:
         from firstsight.sources import open_source
 
         return open_source
-    if name in ("metrics", "geometry", "evaluate", "methods"):
+    if name in ("evaluate", "methods", "metrics"):
         import importlib
 
         return importlib.import_module(f"firstsight.{name}")

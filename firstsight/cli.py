@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from firstsight import methods, settings
-from firstsight.errors import UserError, unknown
+from firstsight.errors import UserError, require_positive, unknown
+from firstsight.log import is_first
 
 T = TypeVar("T")
 
@@ -29,23 +30,36 @@ def pretrain(args: list[str]) -> None:
         return
     name = args[0]
     summary, defaults, own = methods.describe(name)
-    values, args = _config_file(args[1:])
-    values.pop("name", None)
-    size = _number("--size", _peeked(args, "--size") or values.get("size"), int)
-    epochs = _number("--epochs", _peeked(args, "--epochs") or values.get("epochs"), float)
-    start = settings.starting_point(defaults, own, size or settings.Pretrain.size, epochs)
-    start = settings.merged(start, values, "--config")
-    config = _parsed(settings.Pretrain, args, f"pretrain {name}", summary, start)
+    target, args = _taken(args[1:], "--json")
+    values, args = _config_file(args)
+    if values.pop("name", name) != name:
+        raise UserError(f"--config holds settings of another method than {name}")
+    early = {key: _peeked(args, f"--{key}") for key in ("size", "epochs", "preset")}
+    values |= {key: value for key, value in early.items() if value is not None}
+    start = settings.begun(defaults, own, values, "--config or flags")
+    config = _flagged(settings.Pretrain, args, f"pretrain {name}", summary, start)
     if not config.data:
         raise UserError("which images? use --data SOURCE, for instance --data scenes:train")
 
     from firstsight import run
 
-    run.pretrain(name, config)
+    _show_run(run.pretrain(name, config), target)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Knn:
+class Common:
+    """What every command that computes can be told."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute."""
+    threads: int = 0
+    """CPU threads for arithmetic; 0: one for each core."""
+    seed: int = 0
+    """Decides everything that is random."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Knn(Common):
     """k-nearest neighbours, every k in one pass."""
 
     checkpoint: tyro.conf.Positional[str]
@@ -74,10 +88,15 @@ class Knn:
     """Images per forward pass."""
     workers: int = 0
     """Processes that decode; 0: this one."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where the backbone runs."""
-    seed: int = 0
-    """Decides which images --train-images takes."""
+
+    def __post_init__(self) -> None:
+        if tyro.MISSING in (self.checkpoint, self.train, self.test):
+            return  # what the command line has yet to fill in
+        require_positive("--", self, "temperature", "batch_size")
+        if not self.k or min(self.k) < 1:
+            raise UserError(f"--k takes numbers of 1 or more, not {self.k}")
+        if min(self.size, self.train_images, self.workers) < 0:
+            raise UserError("--size, --train-images and --workers must not be below 0")
 
 
 def evaluate(args: list[str]) -> None:
@@ -87,7 +106,7 @@ def evaluate(args: list[str]) -> None:
         return
     if args[0] != "knn":
         raise unknown("reading", args[0], ["knn"])
-    target, args = _json_file(args[1:])
+    target, args = _taken(args[1:], "--json")
     options = _parsed(Knn, args, "evaluate knn")
 
     from firstsight.evaluate import knn
@@ -121,24 +140,23 @@ def report(args: list[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Demo:
+class Demo(Common):
     """The whole road on generated scenes, in minutes: pretrain, k-NN before and after, report."""
 
     out: str = "runs/demo"
     """Folder of the run."""
-    seed: int = 0
-    """Decides initial weights, order of images and views."""
     epochs: float = 0
     """Passes over the scenes; 0: as many as fill about two minutes on two cores."""
 
 
 def demo(args: list[str]) -> None:
     """The whole road on generated scenes, in minutes: pretrain, k-NN before and after, report."""
+    target, args = _taken(args, "--json")
     options = _parsed(Demo, args, "demo")
 
     from firstsight import run
 
-    run.demo(options.out, options.seed, options.epochs)
+    _show_run(run.demo(**settings.shallow(options)), target)
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
@@ -168,6 +186,11 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        if "torch" in sys.modules:
+            from firstsight import distributed
+
+            distributed.stop()
 
 
 def _overview() -> str:
@@ -181,15 +204,25 @@ def _overview() -> str:
     )
 
 
-def _parsed(
-    kind: type[T], args: list[str], prog: str, text: str | None = None, start: T | None = None
-) -> T:
+def _parsed(kind: type[T], args: list[str], prog: str) -> T:
+    """The options of a command: class defaults, then `--config FILE`, then flags."""
+    values, args = _config_file(args)
+    required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]  # type: ignore[arg-type]
+    build: Callable[..., T] = kind
+    start = settings.merged(build(**dict.fromkeys(required, tyro.MISSING)), values, "--config")
+    return _flagged(kind, args, prog, kind.__doc__ or "", start)
+
+
+def _flagged(kind: type[T], args: list[str], prog: str, text: str, start: T) -> T:
     parse: Callable[..., T] = tyro.cli
-    begin = {} if start is None else {"default": start}
-    args = [_dotted(arg) for arg in args]
-    explicit = (tyro.conf.FlagConversionOff,)
+    text += " --config FILE reads options from YAML, --json FILE writes the result."
     return parse(
-        kind, args=args, prog=f"firstsight {prog}", description=text, config=explicit, **begin
+        kind,
+        args=[_dotted(arg) for arg in args],
+        prog=f"firstsight {prog}",
+        description=text,
+        default=start,
+        config=(tyro.conf.FlagConversionOff,),
     )
 
 
@@ -226,15 +259,21 @@ def _config_file(args: list[str]) -> tuple[dict[str, Any], list[str]]:
     return (settings.read_yaml(Path(path)) if path else {}), rest
 
 
-def _json_file(args: list[str]) -> tuple[str | None, list[str]]:
-    return _taken(args, "--json")
-
-
-def _number(flag: str, value: Any, kind: type[T]) -> T | None:
-    try:
-        return None if value is None else kind(value)  # type: ignore[call-arg]
-    except (TypeError, ValueError):
-        raise UserError(f"{flag} {value} is not a number ({kind.__name__})") from None
+def _show_run(out: Path, target: str | None) -> None:
+    """The summary of a finished run, from the process that wrote it."""
+    if not is_first():
+        return
+    summary = json.loads((out / "summary.json").read_text())
+    rows = [[key, f"{summary[key]}"] for key in ("images", "seconds", "images_per_second")]
+    for name, reading in summary.items():
+        if isinstance(reading, dict) and "protocol" in reading:
+            rows += [
+                [f"{name} {when}", f"{reading[when]:.1f} %"]
+                for when in reading
+                if when != "protocol"
+            ]
+    _table(f"{summary['method']}, {out}", ["", ""], rows)
+    _write_json(target, summary)
 
 
 def _show(
@@ -245,19 +284,25 @@ def _show(
     target: str | None,
 ) -> None:
     """Print a result as a table with its protocol, and write it as JSON where asked."""
-    table = Table(title=title, title_justify="left")
+    _table(title, columns, rows)
+    protocol = ", ".join(f"{key} {value}" for key, value in result["protocol"].items())
+    Console().print(f"protocol: {protocol}", markup=False, highlight=False)
+    _write_json(target, result)
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title, title_justify="left", show_header=any(columns))
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    console.print(table)
-    protocol = ", ".join(f"{key} {value}" for key, value in result["protocol"].items())
-    console.print(f"protocol: {protocol}", markup=False, highlight=False)
+    Console().print(table)
+
+
+def _write_json(target: str | None, result: dict[str, Any]) -> None:
     if target is not None:
         try:
             Path(target).write_text(json.dumps(result, indent=2) + "\n")
         except OSError as error:
-            raise UserError(
-                f"cannot write {target} ({error.strerror}); use another --json"
-            ) from None
+            reason = error.strerror
+            raise UserError(f"cannot write {target} ({reason}); use another --json") from None

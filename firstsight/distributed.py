@@ -7,20 +7,29 @@ sets RANK, WORLD_SIZE and LOCAL_RANK) `start` joins the group, and the same code
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from firstsight.errors import UserError
+
 _device = torch.device("cpu")
 
 
-def start(device: str) -> torch.device:
-    """Join the other processes, if there are any, and return the device of this one."""
+def start(device: str, threads: int = 0) -> torch.device:
+    """Join the other processes, if there are any, and return the device of this one.
+
+    `threads` is how many the CPU's arithmetic takes; 0: one for each core that this rank has.
+    """
+    torch.set_num_threads(threads or cores())
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     kind = device if device != "auto" else _best_device()
+    if (kind == "cuda" and not torch.cuda.is_available()) or (
+        kind == "mps" and not torch.backends.mps.is_available()
+    ):
+        raise UserError(f"this machine offers torch no {kind} device; use --device cpu")
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if launched and not dist.is_initialized():
@@ -42,9 +51,10 @@ def _best_device() -> str:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """CPU cores that this rank may use: an equal share of those of its machine."""
     allowed = getattr(os, "sched_getaffinity", None)  # not on every platform
-    return len(allowed(0)) if allowed is not None else os.cpu_count() or 1
+    here = len(allowed(0)) if allowed is not None else os.cpu_count() or 1
+    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def stop() -> None:
@@ -112,7 +122,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].contiguous()
+        gradient = gradients[0].contiguous().clone()
         dist.all_reduce(gradient)
         return gradient.chunk(world())[rank()]
 
@@ -142,6 +152,18 @@ def gather(rows: Tensor) -> Tensor:
     return rows if world() == 1 else cast(Tensor, _Gather.apply(rows))
 
 
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over all ranks; the gradient is summed likewise."""
+    return tensor if world() == 1 else cast(Tensor, _Sum.apply(tensor))
+
+
+def same_buffers(module: nn.Module) -> None:
+    """Give the buffers of `module` on every rank the values of rank 0."""
+    if world() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def permutation(rows: Tensor) -> Tensor:
     """A random order (W * B,) of the rows (B, ...) of all ranks, the same on each rank."""
     order = torch.randperm(len(rows) * world()).to(rows.device)
@@ -158,57 +180,3 @@ def shuffled(rows: Tensor, order: Tensor) -> Tensor:
 def unshuffled(rows: Tensor, order: Tensor) -> Tensor:
     """What `shuffled` dealt out, back where it came from: this rank's own rows, in order."""
     return gather(rows)[order.argsort()].chunk(world())[rank()]
-
-
-class GlobalBatchNorm(nn.BatchNorm2d):
-    """Batch-norm with the statistics of all ranks, on any device, for (B, C) and (B, C, h, w).
-
-    torch's own SyncBatchNorm does not run on a CPU; `globalised` takes it where it does.
-    """
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass  # (B, C) is welcome too
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The normalised rows, like `input`."""
-        if not self.training or world() == 1:
-            return super().forward(input)
-        axes = [0, *range(2, input.ndim)]
-        rows = input if input.dtype == torch.float64 else input.float()
-        count = rows.new_tensor([rows.numel() / rows.shape[1]])
-        sums = torch.cat([rows.sum(axes), count])
-        sums = cast(Tensor, _Sum.apply(sums))
-        n = sums[-1].detach()
-        mean = sums[:-1] / n  # (C,)
-        shape = [1, -1] + [1] * (input.ndim - 2)
-        centred = rows - mean.view(shape)
-        variance = cast(Tensor, _Sum.apply(centred.square().sum(axes))) / n  # (C,)
-        if self.track_running_stats and self.running_mean is not None:
-            assert self.running_var is not None and self.num_batches_tracked is not None
-            self.num_batches_tracked.add_(1)
-            share_of_new = self.momentum if self.momentum is not None else 0.1
-            with torch.no_grad():
-                self.running_mean.lerp_(mean, share_of_new)
-                self.running_var.lerp_(variance * n / (n - 1), share_of_new)
-        normal = centred * (variance + self.eps).rsqrt().view(shape)
-        if self.affine:
-            normal = normal * self.weight.view(shape) + self.bias.view(shape)
-        return normal.to(input.dtype)
-
-
-def globalised(module: nn.Module) -> nn.Module:
-    """`module` with every batch-norm taking its statistics over all ranks; itself when alone."""
-    if world() == 1:
-        return module
-    if torch.cuda.is_available():
-        convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
-        return convert(module)
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-            norm = GlobalBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
-            norm.load_state_dict(child.state_dict())
-            norm.weight, norm.bias = child.weight, child.bias  # frozen ones stay frozen
-            setattr(module, name, norm)
-        else:
-            globalised(child)
-    return module

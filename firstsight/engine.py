@@ -5,21 +5,23 @@ What happens once in a while (a line in the log, a reading, a checkpoint) is an 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import math
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from firstsight import checkpoint, distributed, keyed, methods, optim
 from firstsight.errors import UserError
+from firstsight.guards import (
+    note_bad,
+    refuse_nonfinite_loss,
+    refuse_nonfinite_networks,
+    stop_signal,
+)
 from firstsight.loader import LAYOUTS, Steps, batches, on_device
 from firstsight.log import Log, Meter, say
 from firstsight.methods.base import Method
@@ -40,46 +42,40 @@ def pretrain(
     Returns the method, the steps done and the steps wanted: fewer are done when a signal asked the
     run to stop, and the same call then goes on.
     """
-    device = distributed.device()
-    layout = LAYOUTS[config.layout]
+    device, layout = distributed.device(), LAYOUTS[config.layout]
     order = Epochs(len(source), config.batch_size, config.seed)
     steps = max(1, round(config.epochs * order.steps_per_epoch))
     warmup = round(config.warmup_epochs * order.steps_per_epoch)
 
-    method = methods.build(name, config, len(source)).to(device, memory_format=layout)  # type: ignore[call-overload]
+    method = methods.build(name, config, len(source))
+    method.to(device, memory_format=layout)  # type: ignore[call-overload]
     groups = optim.groups(method, config.undecayed)
     optimizer = optim.build(config.optimizer, groups, config.weight_decay)
-    first, seconds = resume(out, method, optimizer, source)
+    first, seconds, bad = resume(out, method, optimizer, source)
     model = parallel(method, device)  # DDP over several ranks, the method itself on one
     method.train()
 
-    main = distributed.rank() == 0
-    fingerprint = source.fingerprint()
+    main, fingerprint = distributed.rank() == 0, source.fingerprint()
     log = Log(out, first) if main else None
-    stream = batches(
-        Steps(
-            source=source,
-            views=config.views,
-            size=config.size,
-            order=order,
-            seed=config.seed,
-            rank=distributed.rank(),
-            world=distributed.world(),
-        ),
-        first,
-        steps,
-        config.workers,
+    maker = Steps(
+        source=source,
+        views=config.views,
+        size=config.size,
+        order=order,
+        seed=config.seed,
+        rank=distributed.rank(),
+        world=distributed.world(),
     )
+    stream = batches(maker, first, steps, config.workers)
     if probe and first == 0:  # every rank takes its share of a reading
         readings = {"knn": probe.read(method.backbone)}
         readings["knn_quick"] = probe.read_quickly(method.backbone)
         if log:
             log.write(0, {"epoch": 0.0, **readings})
 
-    bad: set[str] = set()
+    new_bad: set[str] = set()
     waited = trained = 0.0  # seconds since the last line of the log
-    images = 0
-    done = first
+    images, done = 0, first
     with Meter(name, first, steps) as meter, stop_signal() as stopped:
         for step in range(first, steps):
             began = time.perf_counter()
@@ -87,9 +83,10 @@ def pretrain(
             waited += time.perf_counter() - began
             done, progress = step + 1, step / steps
             logging = done % config.log_every == 0 or done == steps
-            reading = probe is not None and due(done, steps, config.probe_readings)
+            reading = probe is not None and due(done, steps, config.probe_readings + 1)
             stopping = (distributed.world() == 1 or logging) and distributed.anyone(stopped())
             saving = done % config.save_every == 0 or done == steps or stopping
+            keeping = due(done, steps, SNAPSHOTS)
 
             torch.manual_seed(keyed.seed(config.seed, step, distributed.rank()))
             lr = optim.rate(
@@ -106,15 +103,18 @@ def pretrain(
             output.loss.backward()
             # reading a loss waits for the device, so on a fast one that is rare
             if device.type == "cpu" or logging or saving:
-                refuse_nonfinite(output.loss, method, step, out)
+                refuse_nonfinite_loss(output.loss, method, step, out)
             method.before_step(progress)
             optimizer.step()
             optimizer.zero_grad()
             method.after_step(progress, lr)
             trained += time.perf_counter() - began
             images += config.batch_size
+            new_bad |= set(batch.bad)
 
-            note_bad(batch.bad, bad, config.max_bad * len(source))
+            if logging or saving:
+                note_bad(new_bad, bad, config.max_bad * len(source))
+                new_bad.clear()
             if logging or reading:
                 figures = {
                     "epoch": done / order.steps_per_epoch,
@@ -126,23 +126,25 @@ def pretrain(
                     **{key: distributed.mean(value) for key, value in output.scalars.items()},
                 }
                 seconds, waited, trained, images = seconds + trained, 0.0, 0.0, 0
-                if reading and done < steps:
-                    assert probe is not None
+                if probe and reading and done < steps:
                     figures["knn_quick"] = probe.read_quickly(method.backbone)
                 elif probe and done == steps:
                     figures["knn"] = probe.read(method.backbone)
                 if log:
                     log.write(done, figures)
                     meter.show(done, told(figures))
-            if main and due(done, steps, SNAPSHOTS):
+            if main and (saving or keeping):
+                refuse_nonfinite_networks(method, step, out)
+            if main and keeping:
                 snapshot(out, method, config, done)
-            if saving and main:
-                refuse_to_save_nonfinite(method, step, out)
-                state = {"step": done, "seconds": seconds + trained, "source": fingerprint}
+            if main and saving:
+                state = {"step": done, "seconds": seconds + trained, "bad": sorted(bad)}
                 state |= {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
-                state |= {"name": name, "settings": plain(config), "about": about(method, config)}
+                state |= {"source": fingerprint, "about": about(method, config)}
+                state |= {"name": name, "settings": plain(config)}
                 checkpoint.save(out / "checkpoints", done, state, config.keep)
             if stopping:
+                say("stopping; the same command goes on from there")
                 break
     if log:
         log.close()
@@ -152,13 +154,13 @@ def pretrain(
 
 def resume(
     out: Path, method: Method, optimizer: torch.optim.Optimizer, source: Source
-) -> tuple[int, float]:
-    """Load the newest whole checkpoint of the run; (steps done, seconds trained) or zeros."""
+) -> tuple[int, float, set[str]]:
+    """Load the newest whole checkpoint: steps done, seconds trained, bad images (0, 0, none)."""
     state, damaged = checkpoint.newest(out / "checkpoints")
     for complaint in damaged:
         say(f"{complaint}; taking the one before it")
     if state is None:
-        return 0, 0.0
+        return 0, 0.0, set()
     if state["source"] != source.fingerprint():
         raise UserError(
             f"{source.spec} no longer holds the images that {out} was trained on; "
@@ -166,7 +168,7 @@ def resume(
         )
     checkpoint.load_state(method, state["method"], out / "checkpoints" / "last")
     optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"]), float(state["seconds"])
+    return int(state["step"]), float(state["seconds"]), set(state["bad"])
 
 
 def parallel(method: Method, device: torch.device) -> nn.Module:
@@ -185,44 +187,6 @@ def parallel(method: Method, device: torch.device) -> nn.Module:
 def due(done: int, steps: int, times: int) -> bool:
     """Whether one of `times` evenly spread moments of a run falls on this step; the end is one."""
     return times > 0 and (done * times) // steps > ((done - 1) * times) // steps
-
-
-def note_bad(names: tuple[str, ...], known: set[str], most: float) -> None:
-    """Name each undecodable image once; refuse to go on with more than `most` of them."""
-    for name in sorted(set(names) - known):
-        known.add(name)
-        say(f"cannot decode {name}: replaced ({len(known)} so far)")
-    if names and len(known) > most:
-        raise UserError(
-            f"{len(known)} images cannot be decoded, {min(known)} among them, and --max-bad allows "
-            f"{most:.0f}; mend or remove them, or allow more"
-        )
-
-
-def refuse_nonfinite(loss: Tensor, method: nn.Module, step: int, out: Path) -> None:
-    """Stop the run when the loss is not finite, before anything is updated or saved with it."""
-    if not math.isfinite(loss.item()):
-        raise nonfinite(f"the loss is {loss.item()}", method, step, out)
-
-
-def refuse_to_save_nonfinite(method: nn.Module, step: int, out: Path) -> None:
-    """Stop the run when an update broke a tensor: the checkpoint before it stays the last."""
-    if not all(t.isfinite().all() for t in method.state_dict().values()):
-        raise nonfinite("the update broke the networks", method, step, out)
-
-
-def nonfinite(what: str, method: nn.Module, step: int, out: Path) -> UserError:
-    """What to tell: which tensors went bad, and where the last good ones are."""
-    tensors: list[tuple[str, Tensor | None]] = list(method.state_dict().items())
-    tensors += [(f"gradient of {name}", p.grad) for name, p in method.named_parameters()]
-    bad = [name for name, t in tensors if t is not None and not t.isfinite().all()]
-    named = f"{len(bad)} tensors went bad, {', '.join(bad[:3])} first" if bad else "no tensor did"
-    last = out / "checkpoints" / "last"
-    kept = f"the last good checkpoint is {last.resolve()}" if last.exists() else "none was saved"
-    return UserError(
-        f"{what} at step {step} ({named}); {kept}; start another run with a lower --lr, "
-        f"a longer --warmup-epochs or --precision fp32"
-    )
 
 
 def about(method: Method, config: Pretrain) -> dict[str, Any]:
@@ -246,25 +210,3 @@ def told(figures: dict[str, float]) -> str:
     text += f", waited {figures['data_wait']:.0%}"
     readings = [f"k-NN {v:.1f} %" for k, v in figures.items() if k.startswith("knn")]
     return ", ".join([text, *readings])
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[Any]:
-    """While inside, SIGINT and SIGTERM do not end the process; the value says whether one came."""
-    came: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if came and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C means at once
-        came.append(number)
-        say("stopping after this step; the same command goes on from there")
-
-    try:
-        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals go elsewhere
-        before = {}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

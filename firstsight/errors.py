@@ -16,3 +16,19 @@ def unknown(kind: str, value: str, allowed: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
     guess = f" (did you mean {near[0]!r}?)" if near else ""
     return UserError(f"no {kind} called {value!r}{guess}; there are: {', '.join(names)}")
+
+
+def require_positive(prefix: str, settings: object, *names: str) -> None:
+    """Refuse fields of `settings` that are not above 0 (or are no numbers at all)."""
+    for name in names:
+        value = getattr(settings, name)
+        if not value > 0:  # so that NaN is refused too
+            raise UserError(f"{prefix}{name.replace('_', '-')} must be above 0, not {value}")
+
+
+def require_share(prefix: str, settings: object, *names: str) -> None:
+    """Refuse fields of `settings` that are not between 0 and 1."""
+    for name in names:
+        value = getattr(settings, name)
+        if not 0 <= value <= 1:
+            raise UserError(f"{prefix}{name.replace('_', '-')} must be from 0 to 1, not {value}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,11 @@ from torch import Tensor
 from firstsight import distributed, keyed
 from firstsight.backbones import Backbone
 from firstsight.loader import Chunks, chunks, normalised
+from firstsight.log import Meter
 from firstsight.sources.base import Source
+from firstsight.version import __version__
 from firstsight.views import IMAGENET_MEAN, IMAGENET_STD
+from firstsight.views.apply import eval_policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,18 @@ class Reader:
     batch_size: int = 256
     workers: int = 0
 
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What a figure depends on by how its features were read."""
+        return {
+            "size": self.size,
+            "view": eval_policy(self.size),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "precision": self.precision,
+            "versions": {"firstsight": __version__, "torch": torch.__version__},
+        }
+
 
 @dataclass(frozen=True)
 class Features:
@@ -40,10 +56,9 @@ class Features:
     unreadable: int
     """Images that could not be decoded and are not among the rows."""
 
-    def labels(self, source: Source) -> Tensor:
-        """(N,) label of each row."""
-        assert source.labels is not None
-        return torch.from_numpy(source.labels)[self.index]
+    def labels(self, numbers: NDArray[np.int64]) -> Tensor:
+        """(N,) label of each row, of the labels of all images of the source."""
+        return torch.from_numpy(numbers)[self.index]
 
 
 @torch.no_grad()
@@ -55,21 +70,24 @@ def extract(
     The backbone runs in evaluation mode and is put back into the mode it was in; nothing of it
     changes.
     """
+    distributed.same_buffers(backbone)  # one network is judged: that of the first rank
     wanted = np.arange(len(source)) if index is None else np.sort(index)
     parameter = next(backbone.parameters())
     layout = torch.channels_last if _is_channels_last(backbone) else torch.contiguous_format
     dataset = Chunks(source=source, index=wanted, size=reader.size, batch_size=reader.batch_size)
+    low = reader.precision == "bf16"
     training = backbone.training
     backbone.eval()
     values, found = [torch.empty(0, backbone.width)], [torch.empty(0, dtype=torch.long)]
-    for pixels, positions in chunks(dataset, reader.workers):
-        if len(positions) == 0:
-            continue
-        images = normalised(pixels.to(parameter.device), reader.mean, reader.std, layout)
-        low = reader.precision == "bf16"
-        with torch.autocast(parameter.device.type, torch.bfloat16, enabled=low):
-            values.append(backbone.features(images).float().cpu())
-        found.append(positions)
+    with Meter(f"features of {source.spec}", 0, len(wanted)) as meter:
+        for number, (pixels, positions) in enumerate(chunks(dataset, reader.workers), start=1):
+            if len(positions):
+                images = normalised(pixels.to(parameter.device), reader.mean, reader.std, layout)
+                with torch.autocast(parameter.device.type, torch.bfloat16, enabled=low):
+                    values.append(backbone.features(images).float().cpu())
+                found.append(positions)
+            done = number * reader.batch_size * distributed.world()
+            meter.show(min(done, len(wanted)))
     backbone.train(training)
     every = distributed.collect((torch.cat(values), torch.cat(found)))
     rows, positions = (torch.cat(parts) for parts in zip(*every, strict=True))

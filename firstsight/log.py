@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,9 +13,18 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from firstsight.errors import UserError
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all: alone, or the first that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
 
 def say(text: str) -> None:
-    """One plain line for the user, apart from results."""
+    """One plain line for the user, apart from results; on the first of several ranks."""
+    if not is_first():
+        return
     Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
 
 
@@ -36,7 +46,6 @@ class Log:
     """log.jsonl and TensorBoard events of a run; cut back to the step that the run goes on from."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "log.jsonl"
         kept = [record for record in read_log(path) if record["step"] <= step]
         if path.exists():
@@ -54,7 +63,13 @@ class Log:
         if step <= self.last:
             return
         self.last = step
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        try:
+            self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        except OSError as error:
+            reason = error.strerror
+            raise UserError(
+                f"cannot write {self._file.name} ({reason}); make room and run again"
+            ) from None
         for name, value in figures.items():
             self._events.add_scalar(name, value, step)
 
@@ -67,12 +82,16 @@ class Log:
 class Meter:
     """Progress for people: a bar on a terminal, a plain line now and then elsewhere."""
 
+    live = False
+    """Whether a bar is on the terminal: it has room for one."""
+
     def __init__(self, what: str, start: int, total: int, stream: TextIO | None = None) -> None:
         self._what, self._start, self._total = what, start, total
         self._stream = stream if stream is not None else sys.stderr
         self._began = self._spoke = time.monotonic()
         self._bar: Progress | None = None
-        if self._stream.isatty():
+        self._silent = not is_first() or Meter.live
+        if self._stream.isatty() and not self._silent:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -81,15 +100,16 @@ class Meter:
             )
             self._task = self._bar.add_task(what, total=total, completed=start, text="")
             self._bar.start()
+            Meter.live = True
 
-    def show(self, done: int, text: str) -> None:
+    def show(self, done: int, text: str = "") -> None:
         """Report that `done` of the total are done; `text` is what else to say."""
         elapsed = time.monotonic() - self._began
         left = elapsed / max(done - self._start, 1) * (self._total - done)
-        text = f"{text}, {clock(left)} left"
+        text = f"{text}, {clock(left)} left" if text else f"{clock(left)} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, text=text)
-        elif time.monotonic() - self._spoke > 10 or done == self._total:
+        elif not self._silent and time.monotonic() - self._spoke > 10:
             self._spoke = time.monotonic()
             self._stream.write(f"{self._what} {done}/{self._total} {text}\n")
             self._stream.flush()
@@ -105,6 +125,7 @@ class Meter:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+            Meter.live = False
 
 
 def clock(seconds: float) -> str:

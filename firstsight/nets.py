@@ -1,4 +1,4 @@
-"""The plumbing that methods share: projectors, split batch-norm, momentum encoder, queue."""
+"""The plumbing that methods share: full precision, momentum encoder, queue."""
 
 from __future__ import annotations
 
@@ -19,48 +19,6 @@ def uncast(tensor: Tensor) -> AbstractContextManager[None]:
 def full(tensor: Tensor) -> Tensor:
     """The tensor in float32, or in float64 where it is so already."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-class SplitBatchNorm(nn.BatchNorm2d):
-    """Batch-norm with separate statistics for each of `splits` equal parts of the batch.
-
-    It emulates on one device what batch-norm does on `splits` devices; running statistics are the
-    mean over the parts. differs from the paper: the parts of MoCo's CIFAR-10 demo are interleaved,
-    ours are runs of neighbours as ranks would hold them; in a random batch that is the same.
-    """
-
-    def __init__(self, norm: nn.BatchNorm2d, splits: int) -> None:
-        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
-        self.load_state_dict(norm.state_dict())
-        self.weight, self.bias = norm.weight, norm.bias  # frozen ones stay frozen
-        self.splits = splits
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The normalised batch (B, C, h, w); B must divide by the number of splits."""
-        if not self.training:
-            return super().forward(input)
-        if len(input) % self.splits:
-            raise ValueError(f"{len(input)} rows do not divide into {self.splits} splits")
-        assert self.running_mean is not None and self.running_var is not None
-        means = self.running_mean.repeat(self.splits, 1)  # (splits, C)
-        variances = self.running_var.repeat(self.splits, 1)
-        assert self.momentum is not None
-        parts = [
-            F.batch_norm(part, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
-            for part, mean, var in zip(input.chunk(self.splits), means, variances, strict=True)
-        ]
-        self.running_mean.copy_(means.mean(0))
-        self.running_var.copy_(variances.mean(0))
-        return torch.cat(parts)
-
-
-def split_batch_norm(module: nn.Module, splits: int) -> None:
-    """Give every batch-norm inside `module` its statistics in `splits` parts of the batch."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, SplitBatchNorm(child, splits))
-        else:
-            split_batch_norm(child, splits)
 
 
 class MomentumEncoder(nn.Module):

@@ -16,10 +16,11 @@ class Epochs:
     """
 
     def __init__(self, images: int, batch_size: int, seed: int) -> None:
+        if images < 2:
+            raise UserError(f"{images} image is too few to learn from; give --data more of them")
         if images < batch_size:
             raise UserError(
-                f"{images} images do not fill a batch of {batch_size}; "
-                f"use --batch-size {max(images, 1)} or fewer"
+                f"{images} images do not fill a batch of {batch_size}; use --batch-size {images}"
             )
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.steps_per_epoch = images // batch_size

@@ -18,7 +18,7 @@ from firstsight.features import Features, Reader, extract, subset
 from firstsight.metrics import nearest
 from firstsight.probe import KnnProbe
 from firstsight.settings import Pretrain
-from firstsight.sources.base import Pixels, Source, UnreadableImage
+from firstsight.sources.base import Pixels, Source, UnreadableImage, common_labels
 from firstsight.views.apply import eval_view, resize
 from firstsight.views.sheet import sheet
 
@@ -130,8 +130,9 @@ class Search:
         """(Q, K) whether a neighbour is of its query's class; None without labels."""
         if self.source.labels is None or self.bank_source.labels is None:
             return None
-        own = torch.from_numpy(self.source.labels)[rows.queries]
-        return torch.from_numpy(self.bank_source.labels)[rows.index] == own[:, None]
+        bank, asked = common_labels(self.bank_source, self.source, "bank", "queries")
+        own = torch.from_numpy(asked)[rows.queries]
+        return torch.from_numpy(bank)[rows.index] == own[:, None]
 
     def picture(self, rows: Neighbours) -> Pixels:
         """(H, W, 4), transparent between the images: queries left, then their neighbours."""

@@ -30,13 +30,10 @@ def pick(name: str, config: Pretrain) -> tuple[str, str]:
     trials = list(itertools.product(precisions, layouts))
     if len(trials) == 1:
         return trials[0]
-    rates = (
-        {trial: _rate(name, config, *trial) for trial in trials} if distributed.rank() == 0 else {}
-    )
-    best: tuple[str, str] = distributed.share(max(rates, key=rates.__getitem__) if rates else None)
-    if distributed.rank() == 0:
-        tried = ", ".join(f"{p} {layout} {rate:.0f}" for (p, layout), rate in rates.items())
-        say(f"trial, images/s: {tried}; taking --precision {best[0]} --layout {best[1]}")
+    rates = {trial: _rate(name, config, *trial) for trial in trials}  # ranks work together in it
+    best: tuple[str, str] = distributed.share(max(rates, key=rates.__getitem__))
+    tried = ", ".join(f"{p} {layout} {rate:.0f}" for (p, layout), rate in rates.items())
+    say(f"trial, images/s: {tried}; taking --precision {best[0]} --layout {best[1]}")
     return best
 
 
@@ -48,12 +45,9 @@ def _worth_trying(device: torch.device) -> list[str]:
 
 def _rate(name: str, config: Pretrain, precision: str, layout: str) -> float:
     device = distributed.device()
-    count = min(_TRIAL_IMAGES, config.batch_size)
-    # alone and without splits: the arithmetic is the same, and no rank has to wait for another
-    from dataclasses import replace
-
-    method = methods.build(name, replace(config, batch_norm="local"), count)
-    method = method.to(device, memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
+    count = min(_TRIAL_IMAGES, config.batch_size // distributed.world())
+    method = methods.build(name, config, count)
+    method.to(device, memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
     views = tuple(
         torch.randn(count, 3, side, side, device=device).contiguous(memory_format=LAYOUTS[layout])
         for side in config.views.sides(config.size)

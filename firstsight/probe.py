@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from firstsight.backbones import Backbone
-from firstsight.errors import UserError
 from firstsight.features import Reader, extract, subset
 from firstsight.metrics import knn_accuracy
-from firstsight.sources.base import Source
+from firstsight.sources.base import Source, common_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +32,10 @@ class KnnProbe:
     seed: int
 
     def __post_init__(self) -> None:
-        for role, source in (("--probe-train", self.train), ("--probe-test", self.test)):
-            if source.labels is None:
-                raise UserError(f"{role} {source.spec} has no labels, and k-NN needs them")
+        self._labels()  # what is missing is said before anything is trained
+
+    def _labels(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return common_labels(self.train, self.test, "--probe-train", "--probe-test")
 
     def read(self, backbone: Backbone) -> float:
         """Top-1, percent, over all images of both sources."""
@@ -45,11 +48,12 @@ class KnnProbe:
     def _accuracy(self, backbone: Backbone, bank: int, queries: int) -> float:
         train = extract(backbone, self.train, self.reader, subset(self.train, bank, self.seed))
         test = extract(backbone, self.test, self.reader, subset(self.test, queries, self.seed))
+        bank_labels, test_labels = self._labels()
         figures = knn_accuracy(
             train.values,
-            train.labels(self.train),
+            train.labels(bank_labels),
             test.values,
-            test.labels(self.test),
+            test.labels(test_labels),
             [self.k],
             temperature=self.temperature,
         )
@@ -65,8 +69,8 @@ class KnnProbe:
             "metric": "cosine",
             "layer": "backbone",
             "representation": "norm",
-            "size": self.reader.size,
-            "precision": self.reader.precision,
+            **self.reader.protocol,
+            "seed": self.seed,
             "classes": len(self.test.classes),
             "train": {"source": self.train.spec, "images": len(self.train)},
             "test": {"source": self.test.spec, "images": len(self.test)},

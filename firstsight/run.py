@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,16 +16,17 @@ from firstsight import checkpoint, distributed, engine, methods, pictures, preci
 from firstsight.errors import UserError
 from firstsight.features import Reader
 from firstsight.log import clock, read_log, say
+from firstsight.order import Epochs
 from firstsight.probe import KnnProbe
 from firstsight.report import write_report
 from firstsight.settings import (
     UNBOUND,
     Pretrain,
+    begun,
     flag,
     merged,
     plain,
     read_yaml,
-    starting_point,
     write_yaml,
 )
 from firstsight.sources import open_source
@@ -34,16 +35,20 @@ from firstsight.sources.base import Source
 
 def pretrain(name: str, config: Pretrain) -> Path:
     """Pretrain method `name`: start the run in `config.out` or go on with it; its folder."""
-    torch.set_num_threads(config.threads or distributed.cores())
-    distributed.start(config.device)
+    distributed.start(config.device, config.threads)
     out = Path(distributed.share(config.out or str(_next_free(name))))
     source = open_source(config.data)
     config = dataclasses.replace(config, out=str(out), workers=_workers(config))
+    # all that can be refused is refused before anything is written
+    _refuse_unequal_shares(config)
+    Epochs(len(source), config.batch_size, config.seed)
+    _probe(config, source)
     with _only_writer(out):
         earlier = out / "config.yaml"
-        if earlier.exists():
+        if distributed.share((out / "checkpoints").exists() and earlier.exists()):
             config = continued(name, config, earlier)
         else:
+            (out / "log.jsonl").unlink(missing_ok=True)  # of a run that saved nothing
             picked, layout = precision.pick(name, config)
             config = dataclasses.replace(
                 config,
@@ -51,6 +56,7 @@ def pretrain(name: str, config: Pretrain) -> Path:
                 layout=cast(Literal["channels_last", "contiguous"], layout),
             )
             if distributed.rank() == 0:
+                methods.build(name, config, len(source))  # refuses what does not fit together
                 write_yaml(earlier, {"name": name, **plain(config)})
         distributed.barrier()
         probe = _probe(config, source)
@@ -60,9 +66,9 @@ def pretrain(name: str, config: Pretrain) -> Path:
             return out
         method, done, steps = engine.pretrain(name, config, source, probe, out)
         if done < steps:
-            say(f"stopped at step {done} of {steps}; the same command goes on from there")
+            say(f"stopped at step {done} of {steps}")
             raise SystemExit(130)
-        untrained = methods.build(name, config, len(source)).backbone
+        untrained = methods.build(name, config, len(source)).backbone.to(distributed.device())
         pictures.save(out, config, source, probe, untrained, method.backbone)  # on all ranks
         if distributed.rank() == 0:
             about = engine.about(method, config)
@@ -74,15 +80,12 @@ def pretrain(name: str, config: Pretrain) -> Path:
     return out
 
 
-def demo(out: str, seed: int, epochs: float) -> Path:
+def demo(*, out: str, epochs: float, seed: int, device: str, threads: int) -> Path:
     """The main job on generated scenes, with settings that show it in minutes on two cores."""
     _, defaults, own = methods.describe("simclr")
-    config = merged(
-        starting_point(defaults, own, DEMO["size"], epochs or DEMO["epochs"]),
-        {**DEMO, "epochs": epochs or DEMO["epochs"], "out": out, "seed": seed},
-        "demo",
-    )
-    return pretrain("simclr", config)
+    chosen = {**DEMO, "epochs": epochs or DEMO["epochs"], "out": out}
+    chosen |= {"seed": seed, "device": device, "threads": threads}
+    return pretrain("simclr", begun(defaults, own, chosen, "demo"))
 
 
 DEMO: dict[str, Any] = {
@@ -106,11 +109,7 @@ def _next_free(name: str) -> Path:
 
 
 def _workers(config: Pretrain) -> int:
-    cores = distributed.cores()
-    if config.workers >= 0:
-        return config.workers
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, cores // ranks_here)
+    return config.workers if config.workers >= 0 else distributed.cores()
 
 
 @contextmanager
@@ -153,17 +152,31 @@ def continued(name: str, config: Pretrain, earlier: Path) -> Pretrain:
         precision=old.precision if config.precision == "auto" else config.precision,
         layout=old.layout if config.layout == "auto" else config.layout,
     )
+    longer = config.epochs > old.epochs
+    if longer:  # its warm-up is past, and stays what it was
+        config = dataclasses.replace(config, warmup_epochs=old.warmup_epochs)
     differing = _differences(plain(old), plain(config))
-    if "epochs" in differing and config.epochs > old.epochs:
-        say(f"extending {earlier.parent} from {old.epochs:g} to {config.epochs:g} epochs")
-        if distributed.rank() == 0:
-            write_yaml(earlier, {"name": name, **plain(config)})
-            (earlier.parent / "summary.json").unlink(missing_ok=True)
+    if longer:
         differing.pop("epochs")
     if differing:
         told = ", ".join(f"{flag(k)} {new} (was {was})" for k, (was, new) in differing.items())
         raise UserError(f"{earlier.parent} was started otherwise: {told}; use another --out")
+    if longer:
+        say(f"extending {earlier.parent} from {old.epochs:g} to {config.epochs:g} epochs")
+        if distributed.rank() == 0:
+            write_yaml(earlier, {"name": name, **plain(config)})
+            (earlier.parent / "summary.json").unlink(missing_ok=True)
     return config
+
+
+def _refuse_unequal_shares(config: Pretrain) -> None:
+    world = distributed.world()
+    if config.batch_size % world:
+        fitting = config.batch_size - config.batch_size % world
+        raise UserError(
+            f"batch size {config.batch_size} does not divide over {world} ranks; "
+            f"use --batch-size {max(fitting, 2 * world)} or {fitting + world}"
+        )
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -184,6 +197,8 @@ def _finished(out: Path, config: Pretrain, source: Source) -> bool:
 
 def _probe(config: Pretrain, source: Source) -> KnnProbe | None:
     if not config.probe_test:
+        if config.probe_train:
+            raise UserError("--probe-train alone reads nothing; say what to classify: --probe-test")
         return None
     if not config.probe_train and source.labels is None:
         raise UserError(f"{source.spec} has no labels for the k-NN bank; use --probe-train SOURCE")
@@ -231,11 +246,10 @@ def summarised(
 
 
 def _in_short(out: Path) -> str:
-    import json
-
     summary = json.loads((out / "summary.json").read_text())
     text = f"{summary['images']} images in {clock(summary['seconds'])}"
     if "knn" in summary:
         knn = summary["knn"]
-        text += f", k-NN {knn['untrained']:.1f} % untrained, {knn['trained']:.1f} % trained"
+        figures = [f"{knn[when]:.1f} % {when}" for when in ("untrained", "trained") if knn[when]]
+        text += f", k-NN {', '.join(figures)}"
     return text

@@ -7,6 +7,7 @@ class default < the method's paper defaults < `--config FILE` < flag.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
-from firstsight.errors import UserError, unknown
+from firstsight.errors import UserError, require_positive, require_share, unknown
 from firstsight.views import PRESETS, Views
 
 SMALL = 64
@@ -84,6 +85,8 @@ class Pretrain:
     """Order of image tensors in memory; auto tries both for some steps."""
     seed: int = 0
     """Decides initial weights, order of images and views."""
+    preset: str = ""
+    """Views to start from: mocov1, mocov2, simclr, byol, ...-small; empty: the method's own."""
     views: Views = field(default_factory=Views)
     """How views are drawn."""
     method: Any = field(default_factory=NoSettings)
@@ -116,11 +119,20 @@ class Pretrain:
     """Processes that make views, per rank; 0: none, in turn with training; -1: picked by cores."""
 
     def __post_init__(self) -> None:
-        positive = {"size": self.size, "epochs": self.epochs, "batch_size": self.batch_size}
-        positive |= {"save_every": self.save_every, "log_every": self.log_every, "keep": self.keep}
-        for name, value in positive.items():
-            if value <= 0:
-                raise UserError(f"{flag(name)} must be above 0, not {value}")
+        require_positive("--", self, "size", "epochs", "save_every", "log_every", "keep")
+        require_positive("--", self, "base_lr", "probe_k", "probe_temperature", "probe_images")
+        require_share("--", self, "max_bad")
+        for name in ("weight_decay", "warmup_epochs", "threads", "probe_readings", "seed"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{flag(name)} must not be below 0: {getattr(self, name)}")
+        if self.batch_size < 2:
+            raise UserError(f"--batch-size must be 2 or more, not {self.batch_size}")
+        if self.lr is not None and not self.lr > 0:
+            raise UserError(f"--lr must be above 0, not {self.lr}")
+        if self.workers < -1:
+            raise UserError(f"--workers must be 0 or more (or -1), not {self.workers}")
+        if not math.isfinite(self.epochs):
+            raise UserError(f"--epochs must be a finite number, not {self.epochs}")
         if self.warmup_epochs > self.epochs:
             raise UserError(
                 f"a warm-up of {self.warmup_epochs:g} epochs does not fit into {self.epochs:g}; "
@@ -155,23 +167,24 @@ def plain(settings: Any) -> dict[str, Any]:
 
 def preset_views(name: str, size: int) -> Views:
     """The views of a preset; below SMALL pixels its small-image version, if it has one."""
+    if name not in PRESETS:
+        raise unknown("preset of views", name, sorted(PRESETS))
     small = f"{name}-small"
     return PRESETS[small] if size < SMALL and small in PRESETS else PRESETS[name]
 
 
-def starting_point(
-    defaults: Defaults, method_settings: Any, size: int, epochs: float | None
-) -> Pretrain:
-    """A method's settings before any file or flag: the paper's.
+def begun(defaults: Defaults, method_settings: Any, values: dict[str, Any], where: str) -> Pretrain:
+    """The paper's settings of a method with `values` (nested, as from YAML) put over them.
 
-    Views are those for this `size`; fewer `epochs` than the paper's shorten the warm-up with them.
+    Some values decide what others start from: `preset` and `size` the views (below SMALL pixels
+    the small-image version), and fewer `epochs` than the paper's shorten the warm-up with them.
     """
-    values = shallow(defaults)
-    values["views"] = preset_views(defaults.views, size)
-    if epochs is not None and epochs < defaults.epochs:
-        values["warmup_epochs"] = defaults.warmup_epochs * epochs / defaults.epochs
-        values["epochs"] = epochs
-    return Pretrain(data="", size=size, method=method_settings, **values)
+    settled = {k: v for k, v in values.items() if k in ("size", "epochs", "preset")}
+    start = shallow(defaults) | {"views": Views()}
+    first = merged(Pretrain(data="", method=method_settings, **start), settled, where)
+    warmup = defaults.warmup_epochs * min(1.0, first.epochs / defaults.epochs)
+    views = preset_views(first.preset or defaults.views, first.size)
+    return merged(dataclasses.replace(first, warmup_epochs=warmup, views=views), values, where)
 
 
 def shallow(options: Any) -> dict[str, Any]:
@@ -251,5 +264,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def write_yaml(path: Path, values: dict[str, Any]) -> None:
-    """Write settings in the format that `--config` reads."""
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    """Write settings in the format that `--config` reads, whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(yaml.safe_dump(values, sort_keys=False))
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error.strerror}); use another --out") from None

@@ -63,11 +63,11 @@ def test_a_config_file_gives_way_to_flags_and_refuses_what_it_does_not_know(tmp_
     from firstsight import methods
 
     _, defaults, own = methods.describe("mocov2")
-    start = settings.merged(settings.starting_point(defaults, own, 224, 7), values, str(file))
+    start = settings.begun(defaults, own, values, str(file))
     assert start.weight_decay == 1e-6 and start.epochs == 7.0
     assert start.views.min_scale == (0.3,) and start.method.dim == 64
-    parsed = cli._parsed(
-        settings.Pretrain, ["--epochs", "9", "--views/gray", "0.1"], "pretrain", None, start
+    parsed = cli._flagged(
+        settings.Pretrain, ["--epochs", "9", "--views/gray", "0.1"], "pretrain", "", start
     )
     assert parsed.epochs == 9.0 and parsed.views.gray == 0.1 and parsed.method.dim == 64
     file.write_text("method: {temprature: 1}\n")
@@ -84,7 +84,7 @@ def test_a_resolved_config_replays_itself(tmp_path):
 
     for name in methods.names():
         _, defaults, own = methods.describe(name)
-        start = settings.starting_point(defaults, own, 32, None)
+        start = settings.begun(defaults, own, {"size": 32}, "test")
         changed = dataclasses.replace(start, lr=1e-7, out="x", probe_test="scenes:test")
         values = yaml.safe_load(yaml.safe_dump(settings.plain(changed)))
         assert settings.merged(start, values, "replay") == changed
@@ -113,7 +113,7 @@ def test_bad_sources_are_one_sentence(tmp_path, capsys):
     (tmp_path / "one").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "one" / "a.png")
     err = failing(capsys, *base, str(tmp_path / "one"))
-    assert "1 images do not fill a batch of 256; use --batch-size 1" in err
+    assert "1 image is too few to learn from" in err
     assert "nowhere" in failing(capsys, *base, "nowhere")
 
 

@@ -175,7 +175,7 @@ def probe_of(source):
 
 def test_readings_leave_no_trace_in_the_run(tmp_path):
     train(tmp_path / "plain")
-    train(tmp_path / "read", probe=probe_of(Patches()), probe_readings=4)
+    train(tmp_path / "read", probe=probe_of(Patches()), probe_readings=3)
     plain, read = (
         torch.load(tmp_path / name / "checkpoints" / "last")["method"] for name in ("plain", "read")
     )
@@ -247,6 +247,107 @@ def test_a_signal_leaves_a_run_that_goes_on_to_the_same_end(number, tmp_path):
     assert all(torch.equal(whole["method"][key], cut["method"][key]) for key in whole["method"])
     assert [r["step"] for r in read_log(log)] == list(range(1, 97))
     assert json.loads((tmp_path / "cut" / "summary.json").read_text())["steps"] == 96
+
+
+def test_classes_are_matched_by_name_and_not_by_number(tmp_path):
+    from PIL import Image
+
+    from firstsight.sources import open_source
+    from firstsight.sources.base import common_labels
+
+    for split, names in (("train", "cat dog frog"), ("test", "cat frog"), ("odd", "cat newt")):
+        for name in names.split():
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / split / name / "1.png")
+    train, test, odd = (open_source(str(tmp_path / name)) for name in ("train", "test", "odd"))
+    bank, asked = common_labels(train, test, "--train", "--test")
+    assert bank.tolist() == [0, 1, 2] and asked.tolist() == [0, 2]
+    with pytest.raises(UserError, match=r"--test .*odd has a class 'newt' that --train"):
+        common_labels(train, odd, "--train", "--test")
+
+
+def test_going_back_past_a_damaged_checkpoint_keeps_what_is_saved_next(tmp_path):
+    for step in (1, 3):
+        checkpoint.save(tmp_path, step, {"step": step}, keep=5)
+    checkpoint.save(tmp_path, 2, {"step": 2}, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step-00000002.pt"]
+    assert checkpoint.read(tmp_path / "last")["step"] == 2
+
+
+def test_a_refused_command_changes_nothing_and_is_refused_again(tmp_path):
+    settings = config("simclr", tmp_path, data="scenes:train@32", threads=2)
+    run.pretrain("simclr", settings)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    other = dataclasses.replace(settings, epochs=3.0, lr=1.0)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"started otherwise: --lr 1.0 \(was None\)"):
+            run.pretrain("simclr", other)
+        assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+
+
+def test_more_epochs_extend_a_finished_run(tmp_path, capsys):
+    """As people type it: the warm-up scales with the epochs, and must not stand in the way."""
+    settings = config("simclr", tmp_path, data="scenes:train@32")
+    assert settings.warmup_epochs > 0
+    run.pretrain("simclr", settings)
+    run.pretrain("simclr", settings)
+    assert "is finished" in capsys.readouterr().err
+    run.pretrain("simclr", config("simclr", tmp_path, data="scenes:train@32", epochs=3.0))
+    assert "extending" in capsys.readouterr().err
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 12 and summary["images"] == 96
+    assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == list(range(1, 13))
+
+
+def test_a_mended_command_is_not_refused_for_the_mistake_before_it(tmp_path):
+    few = config("simclr", tmp_path, data="scenes:train@32", batch_size=64)
+    with pytest.raises(UserError, match="use --batch-size 32"):
+        run.pretrain("simclr", few)
+    run.pretrain("simclr", dataclasses.replace(few, batch_size=16))
+    assert (tmp_path / "report.html").exists() and (tmp_path / "pictures" / "views.png").exists()
+
+
+def test_bad_files_are_counted_over_the_whole_of_a_resumed_run(tmp_path, monkeypatch):
+    source = Patches(unreadable=(3, 4, 5))
+    real, calls = engine.on_device, iter(range(100))
+
+    def failing(*arguments):
+        if next(calls) == 8:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(engine, "on_device", failing)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, source, max_bad=0.1)
+    monkeypatch.setattr(engine, "on_device", real)
+    train(tmp_path, source, max_bad=0.1)
+    counts = [r["bad_images"] for r in read_log(tmp_path / "log.jsonl")]
+    assert counts == sorted(counts) and counts[-1] == 3
+
+
+def _rank_of_a_run(rank, port, folder):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    values = {"probe_test": "scenes:test@20", "precision": "auto", "probe_readings": 1}
+    run.pretrain("mocov2", config("mocov2", folder, data="scenes:train@32", **values))
+
+
+def test_two_ranks_walk_the_whole_road(tmp_path):
+    """Trial, readings, log, checkpoints, pictures, report: nobody waits for anybody for ever."""
+    import multiprocessing
+
+    from tests.methods.test_all import free_port
+
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    ranks = [context.Process(target=_rank_of_a_run, args=(r, port, tmp_path)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(240)
+        assert process.exitcode == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 8 and summary["knn"]["trained"] is not None
+    assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == list(range(9))
 
 
 def test_a_run_that_goes_on_must_be_the_same_run(tmp_path):

@@ -10,7 +10,8 @@ from torch import nn
 
 from firstsight import keyed, optim
 from firstsight.errors import UserError
-from firstsight.nets import MomentumEncoder, Queue, SplitBatchNorm, split_batch_norm
+from firstsight.nets import MomentumEncoder, Queue
+from firstsight.norms import SplitBatchNorm, split_batch_norm
 from firstsight.order import Epochs
 
 
@@ -45,6 +46,11 @@ def test_the_order_of_a_step_has_no_memory():
         order.indices(step)
     np.testing.assert_array_equal(order.indices(3), fresh.indices(3))
     assert order.steps_per_epoch == 5 and order.epoch(9) == 1
+
+
+def test_one_image_is_too_few():
+    with pytest.raises(UserError, match="too few to learn from"):
+        Epochs(1, 2, seed=0)
 
 
 def test_fewer_images_than_a_batch_are_refused_with_the_flag():
@@ -101,6 +107,23 @@ def test_splitting_reaches_every_norm_and_keeps_frozen_ones_frozen():
     split_batch_norm(net, 2)
     assert isinstance(net[1][0], SplitBatchNorm) and isinstance(net[2], SplitBatchNorm)
     assert not net[2].weight.requires_grad and net[1][0].weight.requires_grad
+
+
+def test_parts_that_do_not_divide_differ_by_one_row_and_too_many_are_refused():
+    x = torch.randn(7, 4, 2, 2)
+    split = SplitBatchNorm(nn.BatchNorm2d(4), 3)
+    expected = [nn.BatchNorm2d(4)(part) for part in (x[:3], x[3:5], x[5:])]
+    torch.testing.assert_close(split(x), torch.cat(expected))
+    with pytest.raises(UserError, match=r"use --method\.splits 2"):
+        split(x[:5])
+
+
+def test_a_norm_with_an_activation_inside_is_refused_not_stripped():
+    import timm
+
+    net = timm.create_model("test_efficientnet", num_classes=0)
+    with pytest.raises(UserError, match="BatchNormAct2d"):
+        split_batch_norm(net, 2)
 
 
 def test_a_momentum_encoder_starts_equal_and_moves_by_its_share():

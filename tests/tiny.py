@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from firstsight import methods
-from firstsight.settings import Pretrain, merged, starting_point
+from firstsight.settings import Pretrain, begun
 from firstsight.sources.base import Pixels, Source, UnreadableImage
 
 NETWORK = "timm:test_resnet"  # 0.4 million parameters: steps of milliseconds
@@ -44,6 +44,7 @@ def config(name: str, out: Path, **values: Any) -> Pretrain:
         "data": "patches",
         "out": str(out),
         "backbone": NETWORK,
+        "size": 32,
         "epochs": 2.0,
         "batch_size": 8,
         "precision": "fp32",
@@ -54,7 +55,6 @@ def config(name: str, out: Path, **values: Any) -> Pretrain:
         "threads": 1,
         "device": "cpu",
     }
-    settings = starting_point(defaults, own, 32, 2.0)
     if "queue_size" in {f.name for f in dataclasses.fields(own)}:
         base["method"] = {"queue_size": 20} | values.pop("method", {})
-    return merged(settings, base | values, "test")
+    return begun(defaults, own, base | values, "test")

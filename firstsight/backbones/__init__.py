@@ -78,13 +78,15 @@ class Timm(Backbone):
 
         super().__init__()
         self.name, self.stem = f"timm:{name}", "standard"
-        if name not in timm.list_models():
+        if name.split(".")[0] not in timm.list_models():
             raise unknown("timm network", name, _near_timm(name))
         resizable = name.startswith(("vit", "deit", "eva", "beit"))
         options: dict[str, Any] = {"img_size": size, "dynamic_img_size": True} if resizable else {}
         network: Any = timm.create_model(name, pretrained=False, num_classes=0, **options)
         self.network = network
-        self.width = int(network.num_features)
+        # what is pooled may be wider than the map: some have a layer between
+        self.width = int(getattr(network, "head_hidden_size", None) or network.num_features)
+        self._cells = int(network.num_features)
         self.stride = size // max(self._map_side(size), 1)
 
     @torch.no_grad()
@@ -102,8 +104,8 @@ class Timm(Backbone):
         if x.ndim == 3:  # tokens (B, prefix + h * w, C)
             x = x[:, getattr(network, "num_prefix_tokens", 0) :]
             side = round(x.shape[1] ** 0.5)
-            return x.transpose(1, 2).reshape(len(x), self.width, side, side)
-        return x.permute(0, 3, 1, 2) if x.shape[1] != self.width else x  # some are channels-last
+            return x.transpose(1, 2).reshape(len(x), self._cells, side, side)
+        return x.permute(0, 3, 1, 2) if x.shape[1] != self._cells else x  # some are channels-last
 
     def features(self, images: Tensor) -> Tensor:
         """(B, C) as timm pools them for its classifier."""

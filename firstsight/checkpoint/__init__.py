@@ -28,8 +28,10 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and "write" not in str(error):
+            raise  # only a failed write, which torch makes a RuntimeError, is the user's to mend
         code = error.errno if isinstance(error, OSError) else None
         reason = os.strerror(code if code is not None else errno.ENOSPC)
         raise UserError(f"cannot write {path} ({reason}); make room and run again") from error
@@ -50,7 +52,10 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     link.unlink(missing_ok=True)
     link.symlink_to(path.name)
     os.replace(link, folder / "last")
-    for old in _all(folder)[:-keep]:
+    saved = _all(folder)
+    later = [other for other in saved if other.name > path.name]  # damaged: the run went back
+    earlier = [other for other in saved if other.name <= path.name][:-keep]
+    for old in later + earlier:
         old.unlink()
     return path
 
@@ -142,10 +147,11 @@ def load_backbone(spec: str) -> tuple[Backbone, dict[str, Any]]:
     """
     kind, _, name = spec.partition(":")
     if kind == "random":
-        torch.manual_seed(0)
-        return _ready(backbones.build(name)), {"backbone": name, "untrained": True}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return backbones.build(name).eval(), {"backbone": name, "untrained": True}
     if kind in ("torchvision", "timm") and name:
-        return _ready(_published(kind, name)), {"backbone": spec}
+        return _published(kind, name).eval(), {"backbone": spec}
     path = Path(spec)
     if path.is_dir():
         return _from_run(path)
@@ -157,23 +163,24 @@ def load_backbone(spec: str) -> tuple[Backbone, dict[str, Any]]:
     return _from_safetensors(path) if path.suffix == ".safetensors" else _from_state(path)
 
 
-def _ready(backbone: Backbone) -> Backbone:
-    return backbone.eval()
-
-
 def _published(kind: str, name: str) -> Backbone:
     try:
         if kind == "timm":
             import timm
 
             backbone = backbones.build(f"timm:{name}")
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded unasked
             weights = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
             load_state(backbone.get_submodule("network"), weights, f"timm:{name}")
         else:
             import torchvision
 
             backbone = backbones.build(name)
-            weights = torchvision.models.get_model(name, weights="DEFAULT").state_dict()
+            published = torchvision.models.get_model_weights(name).DEFAULT
+            file = Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name
+            if not file.exists():
+                raise OSError(f"{file} does not exist")
+            weights = torch.load(file, map_location="cpu", weights_only=True)
             weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
             load_state(backbone, weights, f"torchvision:{name}")
     except (OSError, RuntimeError) as error:
@@ -206,7 +213,7 @@ def _from_parts(state: dict[str, Any], where: str) -> tuple[Backbone, dict[str, 
         k.removeprefix(prefix): v for k, v in state["method"].items() if k.startswith(prefix)
     }
     load_state(backbone, weights, where)
-    return _ready(backbone), dict(about)
+    return backbone.eval(), dict(about)
 
 
 def _from_safetensors(path: Path) -> tuple[Backbone, dict[str, Any]]:
@@ -228,4 +235,4 @@ def _from_safetensors(path: Path) -> tuple[Backbone, dict[str, Any]]:
     backbone = backbones.build(about["backbone"], about["stem"], about["size"])
     inner = backbone.network if isinstance(backbone, backbones.Timm) else backbone
     load_state(inner, weights, path)
-    return _ready(backbone), about
+    return backbone.eval(), about

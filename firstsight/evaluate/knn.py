@@ -13,12 +13,11 @@ from torch import Tensor
 from firstsight import checkpoint, distributed, methods
 from firstsight.backbones import Backbone
 from firstsight.errors import UserError
-from firstsight.features import Features, Reader, extract
+from firstsight.features import Reader, extract, subset
 from firstsight.metrics import Metric, Weighting, knn_accuracy
 from firstsight.settings import Pretrain, merged, read_yaml
 from firstsight.sources import open_source
-from firstsight.sources.base import Source
-from firstsight.version import __version__
+from firstsight.sources.base import common_labels
 from firstsight.views import IMAGENET_MEAN, IMAGENET_STD, Views
 
 
@@ -38,15 +37,16 @@ def knn(
     batch_size: int = 256,
     workers: int = 0,
     device: str = "auto",
+    threads: int = 0,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Accuracy in percent for every k, with all that it depends on (see `docs/evaluate.md`).
+    """Accuracy in percent for every k, with all that it depends on.
 
     `size` 0 takes the side the backbone was pretrained with; `train_images` above 0 takes that many
     of the bank, drawn by `seed`. Exact over all pairs. Raises `UserError` where labels are missing.
     """
     began = time.perf_counter()
-    where = distributed.start(device)
+    where = distributed.start(device, threads)
     backbone, about = _network(checkpoint_spec, layer)
     reader = Reader(
         size=size or int(about.get("size", 224)),
@@ -57,15 +57,16 @@ def knn(
         workers=workers,
     )
     backbone.to(where)
-    banks = [_labelled("--train", train), _labelled("--test", test)]
-    bank = _features(backbone, banks[0], reader, train_images, seed)
-    queries = _features(backbone, banks[1], reader, 0, seed)
+    source, asked = open_source(train), open_source(test)
+    labels, asked_labels = common_labels(source, asked, "--train", "--test")
+    some = subset(source, train_images, seed) if train_images else None
+    bank, queries = extract(backbone, source, reader, some), extract(backbone, asked, reader)
     ks = sorted({min(one, len(bank.values)) for one in k})
     figures = knn_accuracy(
         bank.values,
-        bank.labels(banks[0]),
+        bank.labels(labels),
         queries.values,
-        queries.labels(banks[1]),
+        queries.labels(asked_labels),
         ks,
         weighting,
         temperature,
@@ -77,15 +78,15 @@ def knn(
             "checkpoint": checkpoint_spec,
             "train": train,
             "test": test,
+            "k": ks,
+            "train_images": train_images or "all",
             "temperature": temperature,
             "weighting": weighting,
             "metric": metric,
             "layer": layer,
             "representation": "norm" if metric == "cosine" else "original",
-            "size": reader.size,
-            "precision": precision,
+            **reader.protocol,
             "seed": seed,
-            "versions": {"firstsight": __version__, "torch": torch.__version__},
         },
         "k": {str(one): figures[one] for one in ks},
         "best": {"k": best, "top1": figures[best]["top1"], "chosen_on": "the test images"},
@@ -93,21 +94,6 @@ def knn(
         "unreadable": {"train": bank.unreadable, "test": queries.unreadable},
         "seconds": round(time.perf_counter() - began, 1),
     }
-
-
-def _labelled(flag: str, spec: str) -> Source:
-    source = open_source(spec)
-    if source.labels is None:
-        raise UserError(f"{flag} {spec} has no labels, and k-NN needs them")
-    return source
-
-
-def _features(
-    backbone: Backbone, source: Source, reader: Reader, count: int, seed: int
-) -> Features:
-    from firstsight.features import subset
-
-    return extract(backbone, source, reader, subset(source, count, seed) if count else None)
 
 
 class _Embedding(Backbone):

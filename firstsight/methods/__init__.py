@@ -45,14 +45,15 @@ def build(name: str, config: Pretrain, images: int) -> Method:
     """The method with its networks as they are before training: a function of the settings."""
     import torch
 
-    from firstsight import backbones, distributed
+    from firstsight import backbones
+    from firstsight.norms import global_batch_norm
 
     method_class, settings_class = load(name)
     torch.manual_seed(config.seed)
     backbone = backbones.build(config.backbone, config.stem, config.size)
     method = method_class(settings_class(**shallow(config.method)), backbone, images)
     if config.batch_norm == "global":
-        distributed.globalised(method)
+        global_batch_norm(method)
     return method
 
 

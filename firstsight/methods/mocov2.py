@@ -12,6 +12,7 @@ Shapes: B images per rank, W ranks, C backbone features, D embedding, K queue.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 from firstsight import distributed
 from firstsight.backbones import Backbone
 from firstsight.batch import Batch
+from firstsight.errors import require_positive, require_share
 from firstsight.methods.base import Method, Output
-from firstsight.nets import MomentumEncoder, Queue, full, split_batch_norm, uncast
+from firstsight.nets import MomentumEncoder, Queue, full, uncast
+from firstsight.norms import split_batch_norm
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # Chen et al., section 3, and the authors' code
@@ -47,8 +50,14 @@ class Config:
     """Divides cosine similarities; smaller is sharper."""
     symmetric: bool = False
     """Each view is query and key in turn, and the two losses are summed."""
+    projector: Literal["mlp", "linear"] = "mlp"
+    """Two layers, or one as in MoCo v1 and in the authors' CIFAR-10 demo."""
     splits: int = 1
     """Parts of each rank's batch with batch-norm statistics of their own; 8 emulates 8 devices."""
+
+    def __post_init__(self) -> None:
+        require_positive("--method.", self, "dim", "queue_size", "temperature", "splits")
+        require_share("--method.", self, "momentum")
 
 
 def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float) -> Tensor:
@@ -71,11 +80,11 @@ class MoCoV2(Method):
     def __init__(self, config: Config, backbone: Backbone, images: int) -> None:
         super().__init__(config, backbone, images)
         self.config = config
-        self.projector = nn.Sequential(  # biases on, no batch-norm
-            nn.Linear(backbone.width, backbone.width),
-            nn.ReLU(inplace=True),
-            nn.Linear(backbone.width, config.dim),
-        )
+        last = nn.Linear(backbone.width, config.dim)
+        self.projector: nn.Module = last
+        if config.projector == "mlp":  # biases on, no batch-norm
+            first = nn.Linear(backbone.width, backbone.width)
+            self.projector = nn.Sequential(first, nn.ReLU(inplace=True), last)
         if config.splits > 1:
             split_batch_norm(self.backbone, config.splits)
         self.momentum_encoder = MomentumEncoder(self.backbone, self.projector)

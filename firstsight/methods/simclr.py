@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from firstsight import distributed
 from firstsight.backbones import Backbone
 from firstsight.batch import Batch
+from firstsight.errors import require_positive
 from firstsight.methods.base import Method, Output
 from firstsight.nets import full, uncast
 from firstsight.settings import Defaults
@@ -46,6 +47,9 @@ class Config:
     """Width of the projector's hidden layer."""
     temperature: float = 0.1
     """Divides cosine similarities; smaller is sharper."""
+
+    def __post_init__(self) -> None:
+        require_positive("--method.", self, "dim", "hidden", "temperature")
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:

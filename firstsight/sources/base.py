@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 import numpy as np
 from numpy.typing import NDArray
 
+from firstsight.errors import UserError
+
 Pixels = NDArray[np.uint8]
 """An upright image, (H, W, 3), RGB."""
 
@@ -51,3 +53,28 @@ class Source(ABC):
         if self.labels is not None:
             digest.update(self.labels.tobytes())
         return digest.hexdigest()[:16]
+
+
+def common_labels(
+    bank: Source, test: Source, bank_flag: str, test_flag: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The labels of both sources in the numbers of the first, matched by the names of classes.
+
+    Two folders number their classes each for itself, so numbers alone would compare a cat with a
+    dog where one of them lacks a class. Raises `UserError` where labels are missing, or where the
+    second has a class that the first has not.
+    """
+    for flag, source in ((bank_flag, bank), (test_flag, test)):
+        if source.labels is None:
+            raise UserError(f"{flag} {source.spec} has no labels, and this reading needs them")
+    assert bank.labels is not None and test.labels is not None
+    if bank.classes == test.classes:
+        return bank.labels, test.labels
+    number = {name: label for label, name in enumerate(bank.classes)}
+    lacking = [name for name in test.classes if name not in number]
+    if lacking:
+        raise UserError(
+            f"{test_flag} {test.spec} has a class {lacking[0]!r} that {bank_flag} {bank.spec} lacks"
+        )
+    renumbered = np.array([number[name] for name in test.classes], np.int64)
+    return bank.labels, renumbered[test.labels]

@@ -100,6 +100,8 @@ def _load_or_paint(split: str, count: int) -> NDArray[np.void]:
     file = _cache_folder() / f"scenes-v{VERSION}-{split}-{count}.npy"
     rows = _load(file, count)
     if rows is None:
+        if count > 500:  # noticeable: some 2 ms each on two cores
+            sys.stderr.write(f"painting {count} scenes, once; they are kept in {file.parent}\n")
         painted = _paint_all(split, count)
         _save(file, painted)
         rows = _load(file, count)

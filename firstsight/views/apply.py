@@ -197,6 +197,7 @@ def eval_view(pixels: Pixels, size: int, interpolation: Interpolation = "bilinea
     below, where margins cost too much, it becomes `size`. `eval_policy` says it in words.
     References: Resize and CenterCrop of torchvision on a Pillow image.
     """
+    pixels = _middle(pixels)
     height, width = pixels.shape[:2]
     side = _short_side(size)
     if width <= height:
@@ -206,6 +207,14 @@ def eval_view(pixels: Pixels, size: int, interpolation: Interpolation = "bilinea
     resized = resize(pixels, width, height, interpolation)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return np.ascontiguousarray(resized[top : top + size, left : left + size])
+
+
+def _middle(pixels: Pixels) -> Pixels:
+    """A long strip without its far ends, which would be resized for nothing."""
+    height, width = pixels.shape[:2]
+    most = 8 * min(height, width)  # far beyond what the centre crop and the filter reach
+    top, left = max(0, (height - most) // 2), max(0, (width - most) // 2)
+    return pixels[top : top + most, left : left + most]
 
 
 def eval_policy(size: int, interpolation: Interpolation = "bilinear") -> str:

@@ -13,7 +13,7 @@ import torch
 from firstsight import distributed, engine, methods, run
 from firstsight.batch import Batch
 from firstsight.nets import MomentumEncoder
-from firstsight.settings import merged, starting_point
+from firstsight.settings import begun
 from tests.tiny import Patches, config
 
 NAMES = methods.names()
@@ -206,12 +206,14 @@ def test_a_resumed_run_ends_where_an_unbroken_run_ends(name, at, tmp_path, monke
 def test_a_short_run_beats_the_untrained_network(name, tmp_path):
     """k-NN on held-out scenes, fixed seed, about a minute and a half on two cores."""
     _, defaults, own = methods.describe(name)
-    settings = starting_point(defaults, own, 48, 5.0)
     small = {"queue_size": 1024, "momentum": 0.99} if hasattr(own, "queue_size") else {}
-    settings = merged(
-        settings,
+    settings = begun(
+        defaults,
+        own,
         {
             "data": "scenes:train",
+            "size": 48,
+            "epochs": 5.0,
             "probe_test": "scenes:test",
             "probe_readings": 0,
             "backbone": "resnet18",

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from firstsight.backbones import build
 from firstsight.batch import Batch
+from firstsight.errors import UserError
 from firstsight.methods.mocov2 import Config, MoCoV2, info_nce
 from tests.tiny import NETWORK
 
@@ -24,7 +25,8 @@ def batch_of(count, seed=0):
 
 def method(**settings):
     torch.manual_seed(0)
-    return MoCoV2(Config(dim=16, queue_size=24, **settings), build(NETWORK, size=32), images=99)
+    config = Config(dim=16, queue_size=24, **settings)
+    return MoCoV2(config, build(NETWORK, size=32), images=99)
 
 
 @pytest.mark.parametrize(("temperature", "published"), [(0.07, 0.990808), (0.2, 1.356116)])
@@ -112,6 +114,20 @@ def test_shuffling_changes_which_images_share_statistics_and_nothing_else():
     torch.testing.assert_close(keys[order], expected)
     unshuffled = F.normalize(moco.momentum_encoder(view), dim=1)
     assert not torch.allclose(keys, unshuffled, atol=1e-4)
+
+
+def test_the_projector_of_version_one_is_a_single_layer():
+    moco = method(projector="linear")
+    assert isinstance(moco.projector, torch.nn.Linear) and moco.projector.out_features == 16
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": 0.0}, {"momentum": 1.5}, {"queue_size": 0}, {"splits": 0}]
+)
+def test_values_out_of_range_name_their_flag(wrong):
+    (name,) = wrong
+    with pytest.raises(UserError, match=f"--method.{name.replace('_', '-')} must be"):
+        Config(**wrong)
 
 
 def test_no_key_is_a_negative_of_its_own_step():

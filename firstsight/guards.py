@@ -1,0 +1,75 @@
+"""What a run watches for: undecodable images, numbers that are none, signals to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from firstsight import distributed
+from firstsight.errors import UserError
+from firstsight.log import say
+
+
+def note_bad(new: set[str], known: set[str], most: float) -> None:
+    """Name each undecodable image once, over all ranks; refuse to go on with more than `most`."""
+    new = set().union(*distributed.collect(new)) - known
+    for name in sorted(new):
+        known.add(name)
+        say(f"cannot decode {name}: replaced ({len(known)} so far)")
+    if new and len(known) > most:
+        raise UserError(
+            f"{len(known)} images cannot be decoded, {min(known)} among them, and --max-bad allows "
+            f"{most:.0f}; mend or remove them, or allow more"
+        )
+
+
+def refuse_nonfinite_loss(loss: Tensor, method: nn.Module, step: int, out: Path) -> None:
+    """Stop the run when the loss is not finite, before anything is updated with it."""
+    if not math.isfinite(loss.item()):
+        raise _nonfinite(f"the loss is {loss.item()}", method, step, out)
+
+
+def refuse_nonfinite_networks(method: nn.Module, step: int, out: Path) -> None:
+    """Stop the run when an update broke a tensor, before anything of it is saved."""
+    if not all(t.isfinite().all() for t in method.state_dict().values()):
+        raise _nonfinite("the update broke the networks", method, step, out)
+
+
+def _nonfinite(what: str, method: nn.Module, step: int, out: Path) -> UserError:
+    tensors: list[tuple[str, Tensor | None]] = list(method.state_dict().items())
+    tensors += [(f"gradient of {name}", p.grad) for name, p in method.named_parameters()]
+    bad = [name for name, t in tensors if t is not None and not t.isfinite().all()]
+    named = f"{len(bad)} tensors went bad, {', '.join(bad[:3])} first" if bad else "no tensor did"
+    last = out / "checkpoints" / "last"
+    kept = f"the last good checkpoint is {last.resolve()}" if last.exists() else "none was saved"
+    return UserError(
+        f"{what} at step {step} ({named}); {kept}; start another run with a lower --lr, "
+        f"a longer --warmup-epochs or --precision fp32"
+    )
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """While inside, SIGINT and SIGTERM do not end the process; the value says whether one came."""
+    came: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if came and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C means at once
+        came.append(number)
+
+    try:
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals go elsewhere
+        before = {}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
