@@ -180,7 +180,7 @@ def begun(defaults: Defaults, method_settings: Any, values: dict[str, Any], wher
     the small-image version), and fewer `epochs` than the paper's shorten the warm-up with them.
     """
     settled = {k: v for k, v in values.items() if k in ("size", "epochs", "preset")}
-    start = shallow(defaults) | {"views": Views()}
+    start = shallow(defaults) | {"views": Views(), "warmup_epochs": 0.0}
     first = merged(Pretrain(data="", method=method_settings, **start), settled, where)
     warmup = defaults.warmup_epochs * min(1.0, first.epochs / defaults.epochs)
     views = preset_views(first.preset or defaults.views, first.size)

@@ -182,7 +182,7 @@ def test_readings_leave_no_trace_in_the_run(tmp_path):
     assert all(torch.equal(plain[key], read[key]) for key in plain)
     records = read_log(tmp_path / "read" / "log.jsonl")
     assert [r["step"] for r in records if "knn" in r] == [0, 12]
-    assert [r["step"] for r in records if "knn_quick" in r] == [3, 6, 9]
+    assert [r["step"] for r in records if "knn_quick" in r] == [0, 3, 6, 9]
 
 
 def test_features_are_those_of_the_images_that_can_be_read():
@@ -364,3 +364,29 @@ def test_a_run_that_goes_on_must_be_the_same_run(tmp_path):
     assert run.continued("simclr", longer, earlier).epochs == 5.0
     with pytest.raises(UserError, match="--epochs 2"):
         run.continued("simclr", settings, earlier)
+
+
+@pytest.mark.parametrize("name", ["simclr", "mocov2"])
+def test_bfloat16_and_channels_last_give_nearly_the_same_loss(name, tmp_path):
+    first = {}
+    for precision, layout in (
+        ("fp32", "contiguous"),
+        ("fp32", "channels_last"),
+        ("bf16", "channels_last"),
+    ):
+        folder = tmp_path / f"{precision}-{layout}"
+        folder.mkdir()
+        settings = config(name, folder, precision=precision, layout=layout, epochs=0.5)
+        engine.pretrain(name, settings, Patches(), None, folder)
+        first[precision, layout] = read_log(folder / "log.jsonl")[0]["loss"]
+        state = torch.load(folder / "checkpoints" / "last")["method"]
+        assert all(t.dtype == torch.float32 for t in state.values() if t.is_floating_point())
+    exact = first["fp32", "contiguous"]
+    assert first["fp32", "channels_last"] == pytest.approx(exact, rel=1e-4)
+    assert first["bf16", "channels_last"] == pytest.approx(exact, rel=0.02)
+
+
+def test_adamw_and_the_step_schedule_train_too(tmp_path):
+    train(tmp_path, optimizer="adamw", lr=1e-3, schedule="step", warmup_epochs=0.0)
+    rates = [r["lr"] for r in read_log(tmp_path / "log.jsonl")]
+    assert rates == pytest.approx([1e-3] * 8 + [1e-4] * 2 + [1e-5] * 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Callable
@@ -30,11 +29,17 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and "write" not in str(error):
-            raise  # only a failed write, which torch makes a RuntimeError, is the user's to mend
-        code = error.errno if isinstance(error, OSError) else None
-        reason = os.strerror(code if code is not None else errno.ENOSPC)
-        raise UserError(f"cannot write {path} ({reason}); make room and run again") from error
+        failure = _disk_failure(error)
+        if failure is None:
+            raise
+        raise UserError(f"cannot write {path} ({failure}); make room and run again") from error
+
+
+def _disk_failure(error: BaseException | None) -> str | None:
+    """What the system said, also where torch buried it under an error of its own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return None if error is None else error.strerror or str(error)
 
 
 def write_json(path: Path, value: Any) -> None:

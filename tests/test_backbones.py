@@ -1,0 +1,86 @@
+"""One interface over torchvision and timm: the same features, and true statements about itself."""
+
+import pytest
+import torch
+import torchvision
+
+from firstsight import backbones, checkpoint
+from firstsight.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "width", "stride"),
+    [
+        ("resnet18", "standard", 512, 32),
+        ("resnet18", "small", 512, 8),
+        ("resnet50", "standard", 2048, 32),
+        ("timm:test_resnet", "standard", 96, 32),
+        ("timm:test_efficientnet", "standard", 256, 32),
+        ("timm:test_vit", "standard", 64, 16),
+    ],
+)
+def test_a_backbone_states_its_width_and_stride(name, stem, width, stride):
+    backbone = backbones.build(name, stem, 64).eval()
+    assert (backbone.width, backbone.stride, backbone.name) == (width, stride, name)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert backbone.feature_map(images).shape[-2:] == (64 // stride, 64 // stride)
+        assert backbone(images).shape == backbone.features(images).shape == (2, width)
+
+
+def test_a_resnet_is_torchvisions_to_the_last_bit():
+    reference = torchvision.models.resnet18()
+    backbone = backbones.build("resnet18")
+    weights = {k: v for k, v in reference.state_dict().items() if not k.startswith("fc.")}
+    checkpoint.load_state(backbone, weights, "torchvision")
+    reference.fc = torch.nn.Identity()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        theirs, ours = reference.eval()(images), backbone.eval()(images)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_features_are_the_mean_over_the_map_and_tokens_are_laid_out_in_rows():
+    resnet = backbones.build("resnet18").eval()
+    images = torch.randn(1, 3, 96, 64)
+    with torch.no_grad():
+        cells = resnet.feature_map(images)
+        assert cells.shape == (1, 512, 3, 2)
+        torch.testing.assert_close(resnet.features(images), cells.mean((2, 3)))
+        vit = backbones.build("timm:test_vit", size=64).eval()
+        tokens = vit.network.forward_features(images[:, :, :64])
+        laid_out = vit.feature_map(images[:, :, :64])
+    prefix = vit.network.num_prefix_tokens
+    torch.testing.assert_close(laid_out[0, :, 1, 2], tokens[0, prefix + 4 + 2])
+
+
+def test_a_saved_backbone_comes_back_with_all_that_is_known_of_it(tmp_path):
+    backbone = backbones.build("resnet18", "small", 32).eval()
+    about = checkpoint.about_backbone(backbone, 32, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+    checkpoint.save_backbone(tmp_path / "b.safetensors", backbone, about)
+    again, known = checkpoint.load_backbone(str(tmp_path / "b.safetensors"))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(images), backbone(images))
+    assert known["stem"] == "small" and known["mean"] == [0.1, 0.2, 0.3]
+
+
+def test_what_cannot_be_had_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # no weights at hand
+    with pytest.raises(UserError, match="not at hand"):
+        checkpoint.load_backbone("torchvision:resnet18")
+    (tmp_path / "x.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        checkpoint.load_backbone(str(tmp_path / "x.safetensors"))
+    with pytest.raises(UserError, match="no other stem"):
+        backbones.build("timm:test_resnet", "small")
+
+
+def test_an_untrained_backbone_is_always_the_same_and_disturbs_nobody():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    one, _ = checkpoint.load_backbone("random:resnet18")
+    assert torch.equal(torch.rand(1), expected)
+    two, _ = checkpoint.load_backbone("random:resnet18")
+    assert torch.equal(one.conv1.weight, two.conv1.weight)
