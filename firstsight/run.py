@@ -92,13 +92,26 @@ DEMO: dict[str, Any] = {
     "data": "scenes:train",
     "probe_test": "scenes:test",
     "backbone": "resnet18",
-    "size": 48,
+    "size": 32,
     "epochs": 8.0,
-    "batch_size": 128,
-    "base_lr": 0.12,
-    "probe_readings": 4,
+    "batch_size": 64,
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "weight_decay": 0.05,
+    "warmup_epochs": 0.3,
+    "probe_readings": 3,
     "probe_images": 1000,
     "method": {"temperature": 0.2},
+    # what tells scenes apart at first sight is colour and texture: views that leave little of
+    # either make the network look at shapes
+    "preset": "simclr",
+    "views": {
+        "min_scale": [0.4],
+        "hue": 0.5,
+        "gray": 0.4,
+        "blur": [0.8],
+        "solarize": [0.3],
+    },
 }
 """Settings of the demo where they differ from the method's own."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Callable
+from functools import cache
 
 import cv2
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from firstsight import keyed
 from firstsight.sources.base import Pixels
 
-VERSION = 2
+VERSION = 6
 """Part of every seed and of the name of the cache: raise it whenever a picture changes."""
 
 SIZE = 96
@@ -24,6 +25,9 @@ SIZE = 96
 
 COVERAGE = (0.25, 0.60)
 """Share of the frame that the tight box around the shape takes, the same for all classes."""
+
+MATERIALS = 12
+"""How many materials the bodies share, each a colour with a texture."""
 
 MAX_TURN = 25.0
 """Degrees by which a shape leans to either side."""
@@ -42,19 +46,20 @@ def paint(split: int, index: int, label: int) -> tuple[Pixels, NDArray[np.bool_]
     """
     rng = np.random.Generator(np.random.Philox(key=keyed.seed(VERSION, split, index)))
     light = rng.uniform(0, 2 * np.pi)
-    ground_colours, body_colours = _palettes(rng)
-
-    picture = _textured(rng, ground_colours, GROUNDS[rng.integers(len(GROUNDS))])
+    picture = _mirrored(rng, _ground(int(rng.integers(len(GROUNDS)))))
+    body = _mirrored(rng, _body_apart_from(rng, picture))
     picture = _blurred(picture, rng.uniform(0.3, 1.3))  # the eye is on the object
     _drop(picture, *_clutter(rng), light, height=1.5)
 
     coverage = _filled(_placed(rng, SHAPES[label](rng)))
-    body = _textured(rng, body_colours, GROUNDS[rng.integers(len(GROUNDS))])
     _drop(picture, coverage, body, light, height=rng.uniform(3, 7))
 
     x, y = np.cos(light) * _ACROSS, np.sin(light) * _DOWN
     picture *= (1 + rng.uniform(0.05, 0.25) * (x + y))[..., None]
     picture *= (1 - rng.uniform(0, 0.3) * (_ACROSS**2 + _DOWN**2) / 2)[..., None]
+    # the lamp: no two pictures share their exact colours, or a histogram would know the size of a
+    # body from the share of its colour, and so something of its shape
+    picture *= (rng.uniform(0.8, 1.15) * rng.uniform(0.92, 1.08, 3)).astype(np.float32)
     picture += rng.normal(0, rng.uniform(0.004, 0.015), picture.shape).astype(np.float32)
     return np.asarray(np.rint(picture.clip(0, 1) * 255), np.uint8), coverage >= 0.5
 
@@ -62,14 +67,37 @@ def paint(split: int, index: int, label: int) -> tuple[Pixels, NDArray[np.bool_]
 # --- colour ---------------------------------------------------------------------------------------
 
 
-def _palettes(rng: np.random.Generator) -> tuple[Field, Field]:
-    """Colours of ground and body, apart enough that the eye finds the outline."""
-    ground, body = _ramp(rng, rng.uniform(0.1, 0.3)), _ramp(rng, rng.uniform(0.08, 0.25))
-    for _ in range(20):
-        if np.linalg.norm(ground.mean(0) - body.mean(0)) > 0.5:
-            break
-        body = _ramp(rng, rng.uniform(0.08, 0.25))
-    return ground, body
+# Grounds and materials are few and shared by all pictures. Were they drawn anew for each, they
+# would tell one picture from another better than its shape does, and instance discrimination would
+# learn them and nothing else.
+
+
+@cache
+def _ground(number: int) -> Field:
+    """One of the shared grounds, (SIZE, SIZE, 3); not to be written to."""
+    rng = np.random.Generator(np.random.Philox(key=keyed.seed(VERSION, 1 << 20, number)))
+    return _textured(rng, _ramp(rng, rng.uniform(0.06, 0.14)), GROUNDS[number])
+
+
+@cache
+def _material(number: int) -> Field:
+    """One of the materials that bodies are made of, (SIZE, SIZE, 3); not to be written to."""
+    rng = np.random.Generator(np.random.Philox(key=keyed.seed(VERSION, 1 << 21, number)))
+    return _textured(rng, _ramp(rng, rng.uniform(0.04, 0.1)), GROUNDS[(5 * number) % len(GROUNDS)])
+
+
+def _body_apart_from(rng: np.random.Generator, ground: Field) -> Field:
+    """A material whose colour is far enough from the ground's that the eye finds the outline."""
+    order = rng.permutation(MATERIALS)
+    away = [np.linalg.norm(_material(int(m)).mean((0, 1)) - ground.mean((0, 1))) for m in order]
+    chosen = next((m for m, far in zip(order, away, strict=True) if far > 0.5), None)
+    return _material(int(order[np.argmax(away)] if chosen is None else chosen))
+
+
+def _mirrored(rng: np.random.Generator, field: Field) -> Field:
+    """The field in one of its four mirror images."""
+    down, across = rng.integers(2, size=2) * 2 - 1
+    return np.ascontiguousarray(field[::down, ::across])
 
 
 def _ramp(rng: np.random.Generator, contrast: float) -> Field:
@@ -354,8 +382,8 @@ def _clutter(rng: np.random.Generator) -> tuple[Field, Field]:
     """Coverage and colours of a few small irregular bits that look like none of the shapes."""
     coverage = np.zeros((SIZE, SIZE), np.float32)
     colours = np.zeros((SIZE, SIZE, 3), np.float32)
-    for _ in range(rng.integers(2, 7)):
-        radii = rng.uniform(2, 6) * rng.uniform(0.6, 1.2, 9)
+    for _ in range(rng.integers(1, 5)):
+        radii = rng.uniform(2, 5) * rng.uniform(0.6, 1.2, 9)
         stretch = np.exp(rng.uniform(-0.5, 0.5))
         points = _round(9) * radii[:, None] * (stretch, 1 / stretch)
         bit = _filled([points + rng.uniform(4, SIZE - 4, 2)])
