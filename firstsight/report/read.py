@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 from firstsight import methods
 from firstsight.errors import UserError
 from firstsight.log import read_log
-from firstsight.settings import begun, plain, read_yaml
+from firstsight.settings import Pretrain, begun, plain, read_yaml
 
 _MAGIC = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
@@ -179,7 +179,10 @@ def _defaults(method: str, size: Any) -> dict[str, Any]:
     try:
         _, defaults, own = methods.describe(method)
         side = size if isinstance(size, int) and size > 0 else 224
-        return flat(plain(begun(defaults, own, {"size": side}, "report")))
+        start = plain(begun(defaults, own, {"size": side}, "report"))
+        return flat(
+            {**start, "size": Pretrain.size}
+        )  # views follow the size; it has its own default
     except UserError:  # a method of another version: nothing to compare with
         return {}
 
