@@ -14,6 +14,7 @@ from firstsight import distributed, keyed
 from firstsight.backbones import Backbone
 from firstsight.loader import Chunks, chunks, normalised
 from firstsight.log import Meter
+from firstsight.settings import Pretrain
 from firstsight.sources.base import Source
 from firstsight.version import __version__
 from firstsight.views import IMAGENET_MEAN, IMAGENET_STD
@@ -31,6 +32,17 @@ class Reader:
     precision: str = "fp32"
     batch_size: int = 256
     workers: int = 0
+
+    @classmethod
+    def of(cls, config: Pretrain) -> Reader:
+        """How the backbone of a run is read: as its views are sized and normalised."""
+        return cls(
+            size=config.size,
+            mean=config.views.mean,
+            std=config.views.std,
+            precision=config.precision,
+            workers=config.workers,
+        )
 
     @property
     def protocol(self) -> dict[str, Any]:

@@ -104,13 +104,7 @@ class Search:
             asked, bank, reader = probe.test, probe.train, probe.reader
         else:
             asked = bank = source
-            reader = Reader(
-                size=config.size,
-                mean=config.views.mean,
-                std=config.views.std,
-                precision=config.precision,
-                workers=config.workers,
-            )
+            reader = Reader.of(config)
         return cls(
             source=asked,
             bank_source=bank,

@@ -215,13 +215,7 @@ def _probe(config: Pretrain, source: Source) -> KnnProbe | None:
         return None
     if not config.probe_train and source.labels is None:
         raise UserError(f"{source.spec} has no labels for the k-NN bank; use --probe-train SOURCE")
-    reader = Reader(
-        size=config.size,
-        mean=config.views.mean,
-        std=config.views.std,
-        precision=config.precision,
-        workers=config.workers,
-    )
+    reader = Reader.of(config)
     return KnnProbe(
         train=open_source(config.probe_train) if config.probe_train else source,
         test=open_source(config.probe_test),
