@@ -101,7 +101,7 @@ DEMO: dict[str, Any] = {
     "warmup_epochs": 0.3,
     "probe_readings": 3,
     "probe_images": 1000,
-    "method": {"temperature": 0.2},
+    "method": {"temperature": 0.1},
     # what tells scenes apart at first sight is colour and texture: views that leave little of
     # either make the network look at shapes
     "preset": "simclr",

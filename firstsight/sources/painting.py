@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from firstsight import keyed
 from firstsight.sources.base import Pixels
 
-VERSION = 6
+VERSION = 7
 """Part of every seed and of the name of the cache: raise it whenever a picture changes."""
 
 SIZE = 96
@@ -27,7 +27,7 @@ COVERAGE = (0.25, 0.60)
 """Share of the frame that the tight box around the shape takes, the same for all classes."""
 
 MATERIALS = 12
-"""How many materials the bodies share, each a colour with a texture."""
+"""How many textures the bodies share."""
 
 MAX_TURN = 25.0
 """Degrees by which a shape leans to either side."""
@@ -46,8 +46,9 @@ def paint(split: int, index: int, label: int) -> tuple[Pixels, NDArray[np.bool_]
     """
     rng = np.random.Generator(np.random.Philox(key=keyed.seed(VERSION, split, index)))
     light = rng.uniform(0, 2 * np.pi)
-    picture = _mirrored(rng, _ground(int(rng.integers(len(GROUNDS)))))
-    body = _mirrored(rng, _body_apart_from(rng, picture))
+    ground_colours, body_colours = _two_ramps(rng)
+    picture = _coloured(_mirrored(rng, _ground(int(rng.integers(len(GROUNDS))))), ground_colours)
+    body = _coloured(_mirrored(rng, _material(int(rng.integers(MATERIALS)))), body_colours)
     picture = _blurred(picture, rng.uniform(0.3, 1.3))  # the eye is on the object
     _drop(picture, *_clutter(rng), light, height=1.5)
 
@@ -57,9 +58,6 @@ def paint(split: int, index: int, label: int) -> tuple[Pixels, NDArray[np.bool_]
     x, y = np.cos(light) * _ACROSS, np.sin(light) * _DOWN
     picture *= (1 + rng.uniform(0.05, 0.25) * (x + y))[..., None]
     picture *= (1 - rng.uniform(0, 0.3) * (_ACROSS**2 + _DOWN**2) / 2)[..., None]
-    # the lamp: no two pictures share their exact colours, or a histogram would know the size of a
-    # body from the share of its colour, and so something of its shape
-    picture *= (rng.uniform(0.8, 1.15) * rng.uniform(0.92, 1.08, 3)).astype(np.float32)
     picture += rng.normal(0, rng.uniform(0.004, 0.015), picture.shape).astype(np.float32)
     return np.asarray(np.rint(picture.clip(0, 1) * 255), np.uint8), coverage >= 0.5
 
@@ -67,31 +65,33 @@ def paint(split: int, index: int, label: int) -> tuple[Pixels, NDArray[np.bool_]
 # --- colour ---------------------------------------------------------------------------------------
 
 
-# Grounds and materials are few and shared by all pictures. Were they drawn anew for each, they
-# would tell one picture from another better than its shape does, and instance discrimination would
-# learn them and nothing else.
+# Textures are few and shared by all pictures: were they drawn anew for each, they would tell one
+# picture from another better than its shape does, and instance discrimination would learn them and
+# nothing else. Colours are drawn anew for each: views change colours anyway, and colours that
+# pictures share would let a histogram know the size of a body, and so something of its shape.
 
 
 @cache
 def _ground(number: int) -> Field:
-    """One of the shared grounds, (SIZE, SIZE, 3); not to be written to."""
+    """One of the shared grounds, values (SIZE, SIZE); not to be written to."""
     rng = np.random.Generator(np.random.Philox(key=keyed.seed(VERSION, 1 << 20, number)))
-    return _textured(rng, _ramp(rng, rng.uniform(0.06, 0.14)), GROUNDS[number])
+    return _uneven(rng, GROUNDS[number])
 
 
 @cache
 def _material(number: int) -> Field:
-    """One of the materials that bodies are made of, (SIZE, SIZE, 3); not to be written to."""
+    """One of the textures that bodies are made of, values (SIZE, SIZE); not to be written to."""
     rng = np.random.Generator(np.random.Philox(key=keyed.seed(VERSION, 1 << 21, number)))
-    return _textured(rng, _ramp(rng, rng.uniform(0.04, 0.1)), GROUNDS[(5 * number) % len(GROUNDS)])
+    return _uneven(rng, GROUNDS[(5 * number) % len(GROUNDS)])
 
 
-def _body_apart_from(rng: np.random.Generator, ground: Field) -> Field:
-    """A material whose colour is far enough from the ground's that the eye finds the outline."""
-    order = rng.permutation(MATERIALS)
-    away = [np.linalg.norm(_material(int(m)).mean((0, 1)) - ground.mean((0, 1))) for m in order]
-    chosen = next((m for m, far in zip(order, away, strict=True) if far > 0.5), None)
-    return _material(int(order[np.argmax(away)] if chosen is None else chosen))
+def _two_ramps(rng: np.random.Generator) -> tuple[Field, Field]:
+    """Colours of a ground and of a body that the eye can tell from it."""
+    ground = _ramp(rng, rng.uniform(0.06, 0.14))
+    while True:
+        body = _ramp(rng, rng.uniform(0.04, 0.1))
+        if np.linalg.norm(body[1] - ground[1]) > 0.5:
+            return ground, body
 
 
 def _mirrored(rng: np.random.Generator, field: Field) -> Field:
@@ -116,16 +116,23 @@ def _ramp(rng: np.random.Generator, contrast: float) -> Field:
     return np.array(colours, np.float32)
 
 
-def _textured(
-    rng: np.random.Generator, colours: Field, texture: Callable[[np.random.Generator], Field]
-) -> Field:
-    """(SIZE, SIZE, 3): the values of `texture` looked up in a ramp of colours, a little uneven."""
-    value = texture(rng).clip(0, 1)[..., None]
+def _uneven(rng: np.random.Generator, texture: Callable[[np.random.Generator], Field]) -> Field:
+    """Values (SIZE, SIZE) of a texture, worn a little more in some places than in others."""
+    return np.asarray(texture(rng).clip(0, 1) * (0.8 + 0.4 * _noise(rng, 5, 5)), np.float32)
+
+
+def _coloured(values: Field, colours: Field) -> Field:
+    """(SIZE, SIZE, 3): the values looked up in a ramp of colours."""
+    value = values.clip(0, 1)[..., None]
     low, middle, high = colours
-    colour = np.where(
-        value < 0.5, low + (middle - low) * 2 * value, middle + (high - middle) * (2 * value - 1)
+    return np.asarray(
+        np.where(
+            value < 0.5,
+            low + (middle - low) * 2 * value,
+            middle + (high - middle) * (2 * value - 1),
+        ),
+        np.float32,
     )
-    return np.asarray(colour * (0.9 + 0.2 * _noise(rng, 5, 5)[..., None]), np.float32)
 
 
 # --- grounds: a field of values 0 to 1 each -------------------------------------------------------
@@ -275,7 +282,7 @@ GROUNDS: tuple[Callable[[np.random.Generator], Field], ...] = (
     _tartan,
     _camouflage,
 )
-"""Sixteen textures, for the ground and, drawn anew, for the object before it."""
+"""Sixteen textures of grounds; bodies wear some of them, drawn anew."""
 
 # --- shapes: outlines (n, 2) about the origin, y down; a second outline is a hole -----------------
 
