@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from firstsight import distributed, engine, methods, run
+from firstsight import distributed, engine, methods, run, update
 from firstsight.batch import Batch
 from firstsight.nets import MomentumEncoder
 from firstsight.settings import begun
@@ -100,7 +100,7 @@ def _one_rank(rank, world, port, name, folder, overrides):
 def _gradients(name, folder, overrides, rank=0, world=1):
     settings = config(name, Path(folder), **overrides)
     method = methods.build(name, settings, images=48).double()  # no flips of a ReLU by rounding
-    model = engine.parallel(method, torch.device("cpu"))
+    model = distributed.replica(method)
     sides = settings.views.sides(settings.size)
     whole = batch_of(8, len(sides), sides)
     share = slice(rank * 8 // world, (rank + 1) * 8 // world)
@@ -173,17 +173,17 @@ def test_a_resumed_run_ends_where_an_unbroken_run_ends(name, at, tmp_path, monke
 
     whole = ended("whole")
     calls = iter(range(100))
-    real = engine.on_device
+    real = update.on_device
 
     def failing(*arguments):
         if next(calls) == at:
             raise Interrupted
         return real(*arguments)
 
-    monkeypatch.setattr(engine, "on_device", failing)
+    monkeypatch.setattr(update, "on_device", failing)
     with pytest.raises(Interrupted):
         ended("broken")
-    monkeypatch.setattr(engine, "on_device", real)
+    monkeypatch.setattr(update, "on_device", real)
     resumed = ended("broken", workers=2)
     assert resumed["step"] == whole["step"] == 12
     for key, tensor in whole["method"].items():
