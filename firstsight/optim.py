@@ -53,9 +53,13 @@ def build(
     if kind == "lars":
         return lars.Lars(parameters, variant or lars.Variant(), weight_decay=weight_decay)
     if kind == "sgd":
-        return torch.optim.SGD(
+        sgd = torch.optim.SGD(
             parameters, lr=0.0, momentum=0.9, weight_decay=weight_decay, fused=True
         )
+        # torch 2.15 leaves these without values when float16 skips the first fused step
+        for parameter in (p for group in sgd.param_groups for p in group["params"]):
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay, fused=True)
 
 
