@@ -11,6 +11,7 @@ import torch
 from firstsight import backbones, distributed, engine, methods, optim, run, update
 from firstsight.errors import UserError
 from firstsight.log import read_log
+from firstsight.state import State
 from tests.methods.test_all import batch_of, built, free_port
 from tests.tiny import Patches, config
 
@@ -109,7 +110,7 @@ def pixels_of(settings, seed=0):
 def test_float16_gradients_are_those_of_float32_and_not_scaled(tmp_path):
     got = {}
     for precision in ("fp32", "fp16"):
-        method, settings = built("simclr", tmp_path, precision=precision)
+        method, settings = built("mocov2", tmp_path, precision=precision)
         scaler = torch.amp.GradScaler("cpu", 2.0**10, enabled=precision == "fp16")
         update.gradients(method, pixels_of(settings), scaler, settings)
         scaler.unscale_(optim.of(method, settings))
@@ -179,6 +180,7 @@ def test_clipping_bounds_what_the_optimiser_sees(tmp_path):
         assert moved == pytest.approx(norm, rel=1e-3) if norm else moved > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 def test_a_compiled_backbone_trains_the_same_run_under_the_same_keys(tmp_path):
     ends = {}
@@ -188,13 +190,46 @@ def test_a_compiled_backbone_trains_the_same_run_under_the_same_keys(tmp_path):
         settings = config("mocov2", folder, compile=compiled, epochs=0.5)
         engine.pretrain("mocov2", settings, Patches(), None, folder)
         ends[compiled] = torch.load(folder / "checkpoints" / "last")["method"]
-        if compiled:  # a run that is resumed finds its keys again
+        if compiled:  # a run that goes on finds its keys again
             longer = dataclasses.replace(settings, epochs=1.0)
             _, done, _ = engine.pretrain("mocov2", longer, Patches(), None, folder)
             assert done == 6
     assert ends[False].keys() == ends[True].keys()
     for key, value in ends[False].items():
         torch.testing.assert_close(ends[True][key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_a_compiled_backbone_keeps_its_keys_and_is_compiled_wherever_it_is(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
+    method, _ = built("mocov2", tmp_path)
+    backbones.compile_all(method)
+    assert compiled == [method.backbone, method.momentum_encoder.copy[0]]
+
+
+def test_a_checkpoint_holds_the_scaler_and_what_was_skipped(tmp_path):
+    def state_of(scale):
+        method, settings = built("mocov2", tmp_path, precision="fp16")
+        optimizer = optim.of(method, settings)
+        scaler = torch.amp.GradScaler("cpu", scale)
+        return State(
+            out=tmp_path,
+            name="mocov2",
+            config=settings,
+            source=Patches(),
+            method=method,
+            optimizer=optimizer,
+            scaler=scaler,
+        )
+
+    saved = state_of(2.0**7)
+    saved.step, saved.skipped, saved.seconds, saved.bad = 3, 2, 1.5, {"x"}
+    saved.save()
+    again = state_of(2.0**16)
+    again.resume()
+    assert again.scaler.state_dict() == saved.scaler.state_dict()
+    assert (again.step, again.skipped, again.seconds, again.bad) == (3, 2, 1.5, {"x"})
 
 
 def test_compiling_without_a_compiler_is_one_sentence(monkeypatch):

@@ -196,7 +196,7 @@ class Interrupted(Exception):
         *((at, {}) for at in (1, 4, 5, 9, 11)),
         (9, {"accumulate": 2}),  # in the first chunk of the fifth step or the second
         (10, {"accumulate": 2, "optimizer": "lars", "lars": "simclr", "clip_norm": 0.5}),
-        (5, {"precision": "fp16", "clip_param": 0.1}),
+        pytest.param(5, {"precision": "fp16", "clip_param": 0.1}, marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_ends_where_an_unbroken_run_ends(name, at, options, tmp_path, monkeypatch):
