@@ -161,6 +161,6 @@ def told_what_fits(config: Pretrain, device: torch.device, fit: int) -> UserErro
     what = f"{chunk} images at a time do not fit into the memory of {device}"
     if fit < 2:
         return UserError(f"{what}, nor do few; use a smaller --size or another --backbone")
-    smaller = config.batch_size // share * config.accumulate * fit
+    smaller = distributed.world() * config.accumulate * fit
     chunks = -(-share // fit)
     return UserError(f"{what}; use --batch-size {smaller}, or keep it with --accumulate {chunks}")

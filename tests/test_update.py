@@ -32,13 +32,14 @@ def steps_of_moco(monkeypatch, tmp_path, **values):
     return torch.stack(losses), method.state_dict()
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_moco_in_chunks_is_moco_with_batch_norm_in_splits(symmetric, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("symmetric", "length"), [(False, 20), (True, 48)])
+def test_moco_in_chunks_is_moco_with_batch_norm_in_splits(symmetric, length, monkeypatch, tmp_path):
     """Losses, weights, momentum encoder and queue; running statistics alone are taken otherwise.
 
-    The queue of 20 turns over within three steps of 8, and its order tells when keys went in.
+    The keys of both directions go in chunk by chunk, so there the queue is long enough not to turn
+    over within three steps of 8.
     """
-    own = {"momentum": 0.9, "symmetric": symmetric, "queue_size": 48}
+    own = {"momentum": 0.9, "symmetric": symmetric, "queue_size": length}
     chunked = steps_of_moco(monkeypatch, tmp_path, accumulate=2, method=own)
     split = steps_of_moco(monkeypatch, tmp_path, method={**own, "splits": 2})
     torch.testing.assert_close(chunked[0], split[0], rtol=1e-10, atol=0)
@@ -137,6 +138,12 @@ def test_an_overflow_skips_the_optimiser_and_halves_the_scale(tmp_path):
     assert all(p.grad is None for p in method.parameters())
 
 
+def test_the_loss_is_scaled_in_float16_and_not_otherwise(tmp_path):
+    for precision in ("fp32", "bf16", "fp16"):
+        scaler = update.scaler(config("simclr", tmp_path, precision=precision))
+        assert scaler.is_enabled() == (precision == "fp16")
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "lars"])
 def test_a_skipped_first_step_leaves_nothing_behind(kind):
     """A fused SGD of torch would go on with a momentum that nobody wrote."""
@@ -169,9 +176,11 @@ def test_float16_counts_the_steps_that_it_skips(tmp_path, monkeypatch):
 
 
 def test_clipping_bounds_what_the_optimiser_sees(tmp_path):
-    for values, norm in (({"clip_norm": 0.01}, 0.01), ({}, None)):
+    low = {"clip_norm": 0.01, "precision": "fp16"}  # and the loss is scaled
+    for values, norm in (({"clip_norm": 0.01}, 0.01), (low, 0.01), ({}, None)):
         method, settings = built("mocov2", tmp_path, weight_decay=0.0, **values)
-        optimizer, scaler = optim.of(method, settings), update.scaler(settings)
+        optimizer, on = optim.of(method, settings), settings.precision == "fp16"
+        scaler = torch.amp.GradScaler("cpu", 2.0**10, enabled=on)
         trained = [p for p in method.parameters() if p.requires_grad]
         before = torch.cat([p.detach().flatten() for p in trained])
         update.gradients(method, pixels_of(settings), scaler, settings)
