@@ -46,3 +46,21 @@ class Batch:
             index=self.index.to(device, non_blocking=True),
             label=None if self.label is None else self.label.to(device, non_blocking=True),
         )
+
+    def chunks(self, count: int) -> list[Batch]:
+        """The batch in `count` parts of neighbours that differ by one image at most."""
+
+        def parts(tensor: Tensor) -> tuple[Tensor, ...]:
+            return tensor.tensor_split(count)
+
+        views, crops, flips = (
+            list(zip(*map(parts, tensors), strict=True))
+            for tensors in (self.views, self.crops, self.flips)
+        )
+        labels = [None] * count if self.label is None else parts(self.label)
+        return [
+            replace(self, views=v, crops=c, flips=f, index=i, label=label)
+            for v, c, f, i, label in zip(
+                views, crops, flips, parts(self.index), labels, strict=True
+            )
+        ]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -43,7 +44,10 @@ def pretrain(args: list[str]) -> None:
 
     from firstsight import run
 
-    _show_run(run.pretrain(name, config), target)
+    if config.dry_run:
+        _show_dry_run(run.dry_run(name, config), target)
+    else:
+        _show_run(run.pretrain(name, config), target)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,7 +222,7 @@ def _flagged(kind: type[T], args: list[str], prog: str, text: str, start: T) -> 
     text += " --config FILE reads options from YAML, --json FILE writes the result."
     return parse(
         kind,
-        args=[_dotted(arg) for arg in args],
+        args=_switched([_dotted(arg) for arg in args], start),
         prog=f"firstsight {prog}",
         description=text,
         default=start,
@@ -230,6 +234,24 @@ def _dotted(arg: str) -> str:
     """`--a/b v` is `--a.b v`."""
     name, equals, value = arg.partition("=")
     return name.replace("/", ".") + equals + value if arg.startswith("--") else arg
+
+
+def _switched(args: list[str], options: Any) -> list[str]:
+    """A switch without a value is on: `--dry-run` is `--dry-run True`."""
+    switches, spelt = set(_switches(options, "--")), []
+    for arg, after in itertools.zip_longest(args, args[1:]):
+        spelt.append(arg)
+        if arg.replace("_", "-") in switches and after not in ("True", "False"):
+            spelt.append("True")
+    return spelt
+
+
+def _switches(options: Any, prefix: str) -> Iterator[str]:
+    for name, value in settings.shallow(options).items():
+        if dataclasses.is_dataclass(value):
+            yield from _switches(value, f"{prefix}{name}.")
+        elif isinstance(value, bool):
+            yield prefix + name.replace("_", "-")
 
 
 def _peeked(args: list[str], flag: str) -> str | None:
@@ -274,6 +296,23 @@ def _show_run(out: Path, target: str | None) -> None:
             ]
     _table(f"{summary['method']}, {out}", ["", ""], rows)
     _write_json(target, summary)
+
+
+def _show_dry_run(result: dict[str, Any], target: str | None) -> None:
+    """What a run would take."""
+    if not is_first():
+        return
+    per_step = f"{result['seconds_per_step']} s ({result['seconds_network']} s for the network, "
+    rows = [
+        ["steps", f"{result['steps']}"],
+        ["images", f"{result['images']}"],
+        ["parameters of the backbone", f"{result['parameters']}"],
+        ["memory", f"{result['memory_gib']} GiB"],
+        ["a step", per_step + f"{result['seconds_views']} s for its views in one process)"],
+        ["in all, without readings", f"{result['time']} ({result['hours']} hours)"],
+    ]
+    _table(f"{result['method']}, nothing written", ["", ""], rows)
+    _write_json(target, result)
 
 
 def _show(

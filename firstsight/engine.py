@@ -5,30 +5,27 @@ What happens once in a while (a line in the log, a reading, a checkpoint) is an 
 
 from __future__ import annotations
 
-import inspect
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from firstsight import checkpoint, distributed, keyed, methods, optim
-from firstsight.errors import UserError
+from firstsight import backbones, distributed, keyed, methods, optim, update
 from firstsight.guards import (
     note_bad,
     refuse_nonfinite_loss,
     refuse_nonfinite_networks,
     stop_signal,
 )
-from firstsight.loader import LAYOUTS, Steps, batches, on_device
-from firstsight.log import Log, Meter, say
+from firstsight.loader import LAYOUTS, Steps, batches
+from firstsight.log import Log, Meter, say, told
 from firstsight.methods.base import Method
 from firstsight.order import Epochs
 from firstsight.probe import KnnProbe
-from firstsight.settings import Pretrain, plain
+from firstsight.schedule import Schedule, due
+from firstsight.settings import Pretrain
 from firstsight.sources.base import Source
+from firstsight.state import State
 
 SNAPSHOTS = 10
 """Backbones kept over a run, evenly spread."""
@@ -44,18 +41,28 @@ def pretrain(
     """
     device, layout = distributed.device(), LAYOUTS[config.layout]
     order = Epochs(len(source), config.batch_size, config.seed)
-    steps = max(1, round(config.epochs * order.steps_per_epoch))
-    warmup = round(config.warmup_epochs * order.steps_per_epoch)
+    steps = order.steps(config.epochs)
+    schedule = Schedule.of(config, steps, order.steps_per_epoch)
 
     method = methods.build(name, config, len(source))
     method.to(device, memory_format=layout)  # type: ignore[call-overload]
-    groups = optim.groups(method, config.undecayed)
-    optimizer = optim.build(config.optimizer, groups, config.weight_decay)
-    first, seconds, bad = resume(out, method, optimizer, source)
-    model = parallel(method, device)  # DDP over several ranks, the method itself on one
+    optimizer, scaler = optim.of(method, config), update.scaler(config)
+    state = State(
+        out=out,
+        name=name,
+        config=config,
+        source=source,
+        method=method,
+        optimizer=optimizer,
+        scaler=scaler,
+    )
+    state.resume()
+    if config.compile:
+        backbones.compile_all(method)
+    model = distributed.replica(method)  # DDP over several ranks, the method itself on one
     method.train()
 
-    main, fingerprint = distributed.rank() == 0, source.fingerprint()
+    main, first = distributed.rank() == 0, state.step
     log = Log(out, first) if main else None
     maker = Steps(
         source=source,
@@ -75,7 +82,7 @@ def pretrain(
 
     new_bad: set[str] = set()
     waited = trained = 0.0  # seconds since the last line of the log
-    images, done = 0, first
+    images = 0
     with Meter(name, first, steps) as meter, stop_signal() as stopped:
         for step in range(first, steps):
             began = time.perf_counter()
@@ -89,43 +96,34 @@ def pretrain(
             keeping = due(done, steps, SNAPSHOTS)
 
             torch.manual_seed(keyed.seed(config.seed, step, distributed.rank()))
-            lr = optim.rate(
-                step,
-                steps,
-                peak=config.peak_lr,
-                warmup=warmup,
-                schedule=config.schedule,
-                drops=config.drops,
-            )
-            optim.set_rate(optimizer, lr)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                output = model(on_device(batch, config.views, device, layout))
-            output.loss.backward()
+            lr = schedule.rate(step)
+            output = update.gradients(model, batch, scaler, config)
             # reading a loss waits for the device, so on a fast one that is rare
             if device.type == "cpu" or logging or saving:
                 refuse_nonfinite_loss(output.loss, method, step, out)
-            method.before_step(progress)
-            optimizer.step()
-            optimizer.zero_grad()
-            method.after_step(progress, lr)
-            trained += time.perf_counter() - began
+            stepped = update.apply(method, optimizer, scaler, config, progress, lr)
+            state.step, state.skipped = done, state.skipped + (not stepped)
+            took = time.perf_counter() - began
+            state.seconds, trained = state.seconds + took, trained + took
             images += config.batch_size
             new_bad |= set(batch.bad)
 
             if logging or saving:
-                note_bad(new_bad, bad, config.max_bad * len(source))
+                note_bad(new_bad, state.bad, config.max_bad * len(source))
                 new_bad.clear()
             if logging or reading:
                 figures = {
                     "epoch": done / order.steps_per_epoch,
-                    "loss": distributed.mean(output.loss.detach()),
+                    "loss": distributed.mean(output.loss),
                     "lr": lr,
                     "images_per_second": images / trained,
                     "data_wait": waited / trained,
-                    "bad_images": float(len(bad)),
+                    "bad_images": float(len(state.bad)),
                     **{key: distributed.mean(value) for key, value in output.scalars.items()},
                 }
-                seconds, waited, trained, images = seconds + trained, 0.0, 0.0, 0
+                waited, trained, images = 0.0, 0.0, 0
+                if scaler.is_enabled():
+                    figures["skipped_steps"] = float(state.skipped)
                 if probe and reading and done < steps:
                     figures["knn_quick"] = probe.read_quickly(method.backbone)
                 elif probe and done == steps:
@@ -136,77 +134,13 @@ def pretrain(
             if main and (saving or keeping):
                 refuse_nonfinite_networks(method, step, out)
             if main and keeping:
-                snapshot(out, method, config, done)
+                state.snapshot()
             if main and saving:
-                state = {"step": done, "seconds": seconds + trained, "bad": sorted(bad)}
-                state |= {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
-                state |= {"source": fingerprint, "about": about(method, config)}
-                state |= {"name": name, "settings": plain(config)}
-                checkpoint.save(out / "checkpoints", done, state, config.keep)
+                state.save()
             if stopping:
                 say("stopping; the same command goes on from there")
                 break
     if log:
         log.close()
     distributed.barrier()
-    return method, done, steps
-
-
-def resume(
-    out: Path, method: Method, optimizer: torch.optim.Optimizer, source: Source
-) -> tuple[int, float, set[str]]:
-    """Load the newest whole checkpoint: steps done, seconds trained, bad images (0, 0, none)."""
-    state, damaged = checkpoint.newest(out / "checkpoints")
-    for complaint in damaged:
-        say(f"{complaint}; taking the one before it")
-    if state is None:
-        return 0, 0.0, set()
-    if state["source"] != source.fingerprint():
-        raise UserError(
-            f"{source.spec} no longer holds the images that {out} was trained on; "
-            f"use --out to start another run"
-        )
-    checkpoint.load_state(method, state["method"], out / "checkpoints" / "last")
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"]), float(state["seconds"]), set(state["bad"])
-
-
-def parallel(method: Method, device: torch.device) -> nn.Module:
-    """The method as one of W replicas that average their gradients; itself when alone."""
-    if distributed.world() == 1:
-        return method
-    # each rank keeps batch-norm statistics of its own: nothing is overwritten from rank 0.
-    # Newer releases of torch have another name for that
-    known = inspect.signature(DistributedDataParallel).parameters
-    keep = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    devices = [device] if device.type == "cuda" else None
-    options: dict[str, Any] = {"device_ids": devices, keep: False}
-    return DistributedDataParallel(method, **options)
-
-
-def due(done: int, steps: int, times: int) -> bool:
-    """Whether one of `times` evenly spread moments of a run falls on this step; the end is one."""
-    return times > 0 and (done * times) // steps > ((done - 1) * times) // steps
-
-
-def about(method: Method, config: Pretrain) -> dict[str, Any]:
-    """What a reader of the backbone needs to know."""
-    return checkpoint.about_backbone(
-        method.backbone, config.size, config.views.mean, config.views.std
-    )
-
-
-def snapshot(out: Path, method: Method, config: Pretrain, done: int) -> None:
-    """Keep the backbone as it is now."""
-    folder = out / "snapshots"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"step-{done:08d}.safetensors"
-    checkpoint.save_backbone(path, method.backbone, {**about(method, config), "step": done})
-
-
-def told(figures: dict[str, float]) -> str:
-    """The figures that a person watches."""
-    text = f"loss {figures['loss']:.3f}, {figures['images_per_second']:.0f} images/s"
-    text += f", waited {figures['data_wait']:.0%}"
-    readings = [f"k-NN {v:.1f} %" for k, v in figures.items() if k.startswith("knn")]
-    return ", ".join([text, *readings])
+    return method, state.step, steps

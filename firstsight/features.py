@@ -14,6 +14,7 @@ from firstsight import distributed, keyed
 from firstsight.backbones import Backbone
 from firstsight.loader import Chunks, chunks, normalised
 from firstsight.log import Meter
+from firstsight.nets import cast_to
 from firstsight.settings import Pretrain
 from firstsight.sources.base import Source
 from firstsight.version import __version__
@@ -87,7 +88,6 @@ def extract(
     parameter = next(backbone.parameters())
     layout = torch.channels_last if _is_channels_last(backbone) else torch.contiguous_format
     dataset = Chunks(source=source, index=wanted, size=reader.size, batch_size=reader.batch_size)
-    low = reader.precision == "bf16"
     training = backbone.training
     backbone.eval()
     values, found = [torch.empty(0, backbone.width)], [torch.empty(0, dtype=torch.long)]
@@ -95,7 +95,7 @@ def extract(
         for number, (pixels, positions) in enumerate(chunks(dataset, reader.workers), start=1):
             if len(positions):
                 images = normalised(pixels.to(parameter.device), reader.mean, reader.std, layout)
-                with torch.autocast(parameter.device.type, torch.bfloat16, enabled=low):
+                with cast_to(reader.precision, parameter.device):
                     values.append(backbone.features(images).float().cpu())
                 found.append(positions)
             done = number * reader.batch_size * distributed.world()

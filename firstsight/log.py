@@ -79,6 +79,14 @@ class Log:
         self._events.close()
 
 
+def told(figures: dict[str, float]) -> str:
+    """The figures that a person watches."""
+    text = f"loss {figures['loss']:.3f}, {figures['images_per_second']:.0f} images/s"
+    text += f", waited {figures['data_wait']:.0%}"
+    readings = [f"k-NN {v:.1f} %" for k, v in figures.items() if k.startswith("knn")]
+    return ", ".join([text, *readings])
+
+
 class Meter:
     """Progress for people: a bar on a terminal, a plain line now and then elsewhere."""
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def cast_to(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """A context with the arithmetic that `fp32`, `bf16` or `fp16` name, on that device."""
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, low, enabled=low is not None)
 
 
 def uncast(tensor: Tensor) -> AbstractContextManager[None]:
@@ -60,6 +67,7 @@ class Queue(nn.Module):
         super().__init__()
         self.register_buffer("keys", F.normalize(torch.randn(length, dim), dim=1))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
+        self._waiting: list[Tensor] | None = None
 
     def read(self) -> Tensor:
         """(K, D), a snapshot: a later push does not disturb the backward pass."""
@@ -68,7 +76,26 @@ class Queue(nn.Module):
     @torch.no_grad()
     def push(self, keys: Tensor) -> None:
         """Replace the oldest keys by these (B, D); of more than K, the last K stay."""
+        if self._waiting is not None:
+            self._waiting.append(keys)
+            return
         length = len(self.keys)
         offset = torch.arange(max(len(keys) - length, 0), len(keys), device=keys.device)
         self.keys[(self.position + offset) % length] = keys[offset].to(self.keys.dtype)
         self.position.copy_((self.position + len(keys)) % length)
+
+    @staticmethod
+    @contextmanager
+    def still(module: nn.Module) -> Iterator[None]:
+        """Inside, every queue in `module` reads as it does now; what is pushed goes in at the end.
+
+        The chunks of one batch so meet the same negatives, and none of each other's keys.
+        """
+        queues = [m for m in module.modules() if isinstance(m, Queue)]
+        for queue in queues:
+            queue._waiting = []
+        yield
+        for queue in queues:
+            waiting, queue._waiting = queue._waiting or [], None
+            for keys in waiting:
+                queue.push(keys)

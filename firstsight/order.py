@@ -26,6 +26,10 @@ class Epochs:
         self.steps_per_epoch = images // batch_size
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
+    def steps(self, epochs: float) -> int:
+        """Steps in so many epochs, one at least."""
+        return max(1, round(epochs * self.steps_per_epoch))
+
     def epoch(self, step: int) -> int:
         """The pass over the source that `step` belongs to, from 0."""
         return step // self.steps_per_epoch

@@ -5,19 +5,18 @@ On a CPU either choice can win by factors, depending on its instructions and on 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-import time
+from typing import Any
 
 import torch
 
-from firstsight import distributed, methods
-from firstsight.batch import Batch
+from firstsight import distributed, trial
 from firstsight.loader import LAYOUTS
 from firstsight.log import say
 from firstsight.settings import Pretrain
 
 _TRIAL_IMAGES = 64
-_TRIAL_STEPS = 3
 
 
 def pick(name: str, config: Pretrain) -> tuple[str, str]:
@@ -27,10 +26,10 @@ def pick(name: str, config: Pretrain) -> tuple[str, str]:
     layouts = [config.layout] if config.layout != "auto" else list(LAYOUTS)
     if device.type == "cuda" and config.layout == "auto":
         layouts = ["channels_last"]
-    trials = list(itertools.product(precisions, layouts))
-    if len(trials) == 1:
-        return trials[0]
-    rates = {trial: _rate(name, config, *trial) for trial in trials}  # ranks work together in it
+    pairs = list(itertools.product(precisions, layouts))
+    if len(pairs) == 1:
+        return pairs[0]
+    rates = {pair: _rate(name, config, *pair) for pair in pairs}  # ranks work together in it
     best: tuple[str, str] = distributed.share(max(rates, key=rates.__getitem__))
     tried = ", ".join(f"{p} {layout} {rate:.0f}" for (p, layout), rate in rates.items())
     say(f"trial, images/s: {tried}; taking --precision {best[0]} --layout {best[1]}")
@@ -43,24 +42,10 @@ def _worth_trying(device: torch.device) -> list[str]:
     return ["fp32"] if device.type == "mps" else ["fp32", "bf16"]
 
 
-def _rate(name: str, config: Pretrain, precision: str, layout: str) -> float:
-    device = distributed.device()
+def _rate(name: str, config: Pretrain, precision: Any, layout: Any) -> float:
+    """Images per second of the fastest of some steps."""
     count = min(_TRIAL_IMAGES, config.batch_size // distributed.world())
-    method = methods.build(name, config, count)
-    method.to(device, memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
-    views = tuple(
-        torch.randn(count, 3, side, side, device=device).contiguous(memory_format=LAYOUTS[layout])
-        for side in config.views.sides(config.size)
+    tried = dataclasses.replace(
+        config, precision=precision, layout=layout, accumulate=1, compile=False
     )
-    none = torch.zeros(count, device=device)
-    batch = Batch(views=views, crops=(none,) * len(views), flips=(none,) * len(views), index=none)
-    best = float("inf")
-    for _ in range(_TRIAL_STEPS):  # the fastest one: the first warms up, others may be disturbed
-        began = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            output = method(batch)
-        output.loss.backward()
-        output.loss.item()
-        method.zero_grad()
-        best = min(best, time.perf_counter() - began)
-    return count / best
+    return count / trial.run(name, tried, count, count).seconds

@@ -12,10 +12,20 @@ from typing import Any, Literal, cast
 
 import torch
 
-from firstsight import checkpoint, distributed, engine, methods, pictures, precision
+from firstsight import (
+    checkpoint,
+    distributed,
+    engine,
+    methods,
+    pictures,
+    precision,
+    state,
+    trial,
+)
 from firstsight.errors import UserError
 from firstsight.features import Reader
 from firstsight.log import clock, read_log, say
+from firstsight.methods.base import Method
 from firstsight.order import Epochs
 from firstsight.probe import KnnProbe
 from firstsight.report import write_report
@@ -35,26 +45,18 @@ from firstsight.sources.base import Source
 
 def pretrain(name: str, config: Pretrain) -> Path:
     """Pretrain method `name`: start the run in `config.out` or go on with it; its folder."""
-    distributed.start(config.device, config.threads)
+    if config.dry_run:
+        raise UserError("a dry run is no run; call firstsight.run.dry_run, or leave out --dry-run")
+    config, source = _opened(config)
     out = Path(distributed.share(config.out or str(_next_free(name))))
-    source = open_source(config.data)
-    config = dataclasses.replace(config, out=str(out), workers=_workers(config))
-    # all that can be refused is refused before anything is written
-    _refuse_unequal_shares(config)
-    Epochs(len(source), config.batch_size, config.seed)
-    _probe(config, source)
+    config = dataclasses.replace(config, out=str(out))
     with _only_writer(out):
         earlier = out / "config.yaml"
         if distributed.share((out / "checkpoints").exists() and earlier.exists()):
             config = continued(name, config, earlier)
         else:
             (out / "log.jsonl").unlink(missing_ok=True)  # of a run that saved nothing
-            picked, layout = precision.pick(name, config)
-            config = dataclasses.replace(
-                config,
-                precision=cast(Literal["fp32", "bf16"], picked),
-                layout=cast(Literal["channels_last", "contiguous"], layout),
-            )
+            config = _picked(name, config)
             if distributed.rank() == 0:
                 methods.build(name, config, len(source))  # refuses what does not fit together
                 write_yaml(earlier, {"name": name, **plain(config)})
@@ -64,20 +66,74 @@ def pretrain(name: str, config: Pretrain) -> Path:
         if summary.exists() and _finished(out, config, source):
             say(f"{out} is finished; more --epochs would extend it")
             return out
-        method, done, steps = engine.pretrain(name, config, source, probe, out)
+        untrained = methods.build(name, config, len(source)).backbone
+        _say_what_chunks_change(name, config)
+        method, done, steps = _trained(name, config, source, probe, out)
         if done < steps:
             say(f"stopped at step {done} of {steps}")
             raise SystemExit(130)
-        untrained = methods.build(name, config, len(source)).backbone.to(distributed.device())
+        untrained.to(distributed.device())
         pictures.save(out, config, source, probe, untrained, method.backbone)  # on all ranks
         if distributed.rank() == 0:
-            about = engine.about(method, config)
+            about = state.about(method, config)
             checkpoint.save_backbone(out / "backbone.safetensors", method.backbone, about)
             checkpoint.write_json(out / "backbone.json", about)
             checkpoint.write_json(summary, summarised(name, config, probe, out, done))
             write_report([out], out / "report.html")
             say(f"{out}: {_in_short(out)}; report in {out / 'report.html'}")
     return out
+
+
+def dry_run(name: str, config: Pretrain) -> dict[str, Any]:
+    """What the run would take, from a trial of some steps; nothing is written."""
+    config, source = _opened(config)
+    config = _picked(name, config)
+    methods.build(name, config, len(source))
+    try:
+        return trial.dry_run(name, config, source)
+    except torch.OutOfMemoryError:
+        pass
+    raise trial.too_large(name, config, len(source))
+
+
+def _opened(config: Pretrain) -> tuple[Pretrain, Source]:
+    """The source, and all refused that can be before anything is written."""
+    distributed.start(config.device, config.threads)
+    source = open_source(config.data)
+    config = dataclasses.replace(config, workers=_workers(config))
+    _refuse_unequal_shares(config)
+    Epochs(len(source), config.batch_size, config.seed)
+    _probe(config, source)
+    return config, source
+
+
+def _picked(name: str, config: Pretrain) -> Pretrain:
+    """`config` with the arithmetic and memory order that are fastest here, where it says auto."""
+    picked, layout = precision.pick(name, config)
+    return dataclasses.replace(
+        config,
+        precision=cast(Literal["fp32", "bf16", "fp16"], picked),
+        layout=cast(Literal["channels_last", "contiguous"], layout),
+    )
+
+
+def _say_what_chunks_change(name: str, config: Pretrain) -> None:
+    """One line, where `--accumulate` is not the mathematics of the whole batch."""
+    if config.accumulate > 1:
+        lost = " and ".join(filter(None, [methods.load(name)[0].couples, "batch-norm statistics"]))
+        size = config.batch_size / distributed.world() / config.accumulate
+        say(f"--accumulate {config.accumulate}: {lost} come from {size:g} images at a time")
+
+
+def _trained(
+    name: str, config: Pretrain, source: Source, probe: KnnProbe | None, out: Path
+) -> tuple[Method, int, int]:
+    """The engine's work; where memory is too small for it, what would fit is said."""
+    try:
+        return engine.pretrain(name, config, source, probe, out)
+    except torch.OutOfMemoryError:
+        pass  # only outside this block are the tensors of the failed step free
+    raise trial.too_large(name, config, len(source))
 
 
 def demo(*, out: str, epochs: float, seed: int, device: str, threads: int) -> Path:
@@ -190,6 +246,11 @@ def _refuse_unequal_shares(config: Pretrain) -> None:
             f"batch size {config.batch_size} does not divide over {world} ranks; "
             f"use --batch-size {max(fitting, 2 * world)} or {fitting + world}"
         )
+    if (share := config.batch_size // world) < 2 * config.accumulate:
+        raise UserError(
+            f"{share} images a device do not make {config.accumulate} chunks of two or more; "
+            f"use --accumulate {max(1, share // 2)}"
+        )
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -204,7 +265,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 
 def _finished(out: Path, config: Pretrain, source: Source) -> bool:
     records = read_log(out / "log.jsonl")
-    wanted = max(1, round(config.epochs * (len(source) // config.batch_size)))
+    wanted = Epochs(len(source), config.batch_size, config.seed).steps(config.epochs)
     return bool(records) and records[-1]["step"] >= wanted
 
 
@@ -232,8 +293,8 @@ def summarised(
 ) -> dict[str, Any]:
     """What came of the run, in figures."""
     records = read_log(out / "log.jsonl")
-    state = checkpoint.read(out / "checkpoints" / "last")
-    seconds, images = float(state["seconds"]), steps * config.batch_size
+    saved = checkpoint.read(out / "checkpoints" / "last")
+    seconds, images = float(saved["seconds"]), steps * config.batch_size
     summary: dict[str, Any] = {
         "method": name,
         "steps": steps,

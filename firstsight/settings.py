@@ -23,6 +23,13 @@ SMALL = 64
 """Views of fewer pixels a side take the small-image presets, without blur."""
 
 
+Kind = Literal["norm", "bias", "vector"]
+"""Parameters that decay and LARS may treat apart: those of norm layers, biases of other layers,
+all others of one dimension (or none)."""
+Lars = Literal["larc", "barlow", "byol", "simclr", "pixpro", "scrl", "scrl-published"]
+"""Names of the variants of LARS."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
     """What a method's paper trains with; the starting point of its flags."""
@@ -33,8 +40,14 @@ class Defaults:
     base_lr: float
     weight_decay: float
     warmup_epochs: float = 0
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    undecayed: tuple[Literal["norm", "bias"], ...] = ()
+    optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
+    lars: Lars = "barlow"
+    undecayed: tuple[Kind, ...] = ()
+    lr_start: float = 0.0
+    lr_end: float = 0.0
+    lr_at: Literal["start", "end", "linspace"] = "start"
+    lr_every: Literal["step", "epoch"] = "step"
+    clip_param: float = 0.0
     batch_norm: Literal["local", "global"] = "local"
 
 
@@ -61,28 +74,52 @@ class Pretrain:
     """Passes over the source; may be a fraction."""
     batch_size: int = 256
     """Images per optimiser step, over all ranks."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """Optimiser: SGD with momentum 0.9, or AdamW."""
+    accumulate: int = 1
+    """Chunks that each rank's share of a batch is computed in, to need less memory."""
+    optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
+    """Optimiser: SGD with momentum 0.9, the same with LARS, or AdamW."""
+    lars: Lars = "barlow"
+    """Whose LARS: barlow is also that of VICReg, DINO and MoCo v3; larc that of SwAV."""
     lr: float | None = None
     """Peak learning rate, absolute; None: --base-lr scaled by the batch."""
     base_lr: float = 0.03
     """Peak learning rate per 256 images, used where --lr is not given."""
     weight_decay: float = 1e-4
     """Weight decay; decoupled for adamw."""
-    undecayed: tuple[Literal["norm", "bias"], ...] = ()
-    """Parameters without weight decay: those of norm layers, biases of the others."""
+    undecayed: tuple[Kind, ...] = ()
+    """Parameters without weight decay: of norm layers, biases of others, all other vectors."""
+    clip_norm: float = 0.0
+    """Longest gradient of all parameters together; longer ones are shortened; 0: any."""
+    clip_param: float = 0.0
+    """Longest gradient of each parameter tensor, as DINO does; 0: any."""
     schedule: Literal["cosine", "step"] = "cosine"
-    """Learning rate after the warm-up: half a cosine to zero, or times 0.1 at each drop."""
+    """Learning rate after the warm-up: half a cosine, or times 0.1 at each drop."""
     drops: tuple[float, ...] = (0.6, 0.8)
     """Where the step schedule drops, as shares of the run."""
     warmup_epochs: float = 0
-    """Epochs in which the learning rate rises linearly from zero."""
+    """Epochs in which the learning rate rises linearly."""
+    lr_start: float = 0.0
+    """Learning rate where the warm-up begins, as a share of the peak."""
+    lr_end: float = 0.0
+    """Learning rate where the cosine ends, as a share of the peak."""
+    lr_at: Literal["start", "end", "linspace"] = "start"
+    """Where a step reads the curve of the rate: its start, its end (SCRL), or at the start with
+    the last step of the warm-up at the peak (DINO, SwAV)."""
+    lr_every: Literal["step", "epoch"] = "step"
+    """How long a learning rate is kept; MoCo's and SimSiam's code changes it every epoch."""
     batch_norm: Literal["local", "global"] = "local"
     """Statistics of batch-norm: of each rank, or of all ranks together."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic; auto tries both for some steps and says which is faster here."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic; auto tries fp32 and bf16 for some steps and says which is faster here; fp16
+    scales the loss and skips steps that overflow."""
     layout: Literal["auto", "channels_last", "contiguous"] = "auto"
     """Order of image tensors in memory; auto tries both for some steps."""
+    compile: bool = False
+    """Let torch compile the backbone: minutes at the start, faster steps; needs a C++ compiler."""
+    init: str = ""
+    """CHECKPOINT to start from: a run, a file, torchvision:NAME, ...; empty: random weights."""
+    init_policy: Literal["backbone", "all"] = "backbone"
+    """What --init takes: the backbone, or all networks and queues (of a run of the same method)."""
     seed: int = 0
     """Decides initial weights, order of images and views."""
     preset: str = ""
@@ -117,12 +154,16 @@ class Pretrain:
     """CPU threads for arithmetic; 0: one for each core."""
     workers: int = -1
     """Processes that make views, per rank; 0: none, in turn with training; -1: picked by cores."""
+    dry_run: bool = False
+    """Only say what the run would take: steps, memory, hours. Nothing is written."""
 
     def __post_init__(self) -> None:
         require_positive("--", self, "size", "epochs", "save_every", "log_every", "keep")
+        require_positive("--", self, "accumulate")
         require_positive("--", self, "base_lr", "probe_k", "probe_temperature", "probe_images")
-        require_share("--", self, "max_bad")
-        for name in ("weight_decay", "warmup_epochs", "threads", "probe_readings", "seed"):
+        require_share("--", self, "max_bad", "lr_start", "lr_end")
+        counts = ("threads", "probe_readings", "seed")
+        for name in ("weight_decay", "warmup_epochs", "clip_norm", "clip_param", *counts):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{flag(name)} must not be below 0: {getattr(self, name)}")
         if self.batch_size < 2:
@@ -131,6 +172,8 @@ class Pretrain:
             raise UserError(f"--lr must be above 0, not {self.lr}")
         if self.workers < -1:
             raise UserError(f"--workers must be 0 or more (or -1), not {self.workers}")
+        if self.init_policy == "all" and not self.init:
+            raise UserError("--init-policy all needs a run to start from; add --init RUN")
         if not math.isfinite(self.epochs):
             raise UserError(f"--epochs must be a finite number, not {self.epochs}")
         if self.warmup_epochs > self.epochs:
@@ -145,7 +188,10 @@ class Pretrain:
         return self.lr if self.lr is not None else self.base_lr * self.batch_size / 256
 
 
-UNBOUND = ("out", "device", "threads", "workers", "log_every", "save_every", "keep", "max_bad")
+UNBOUND = (
+    *("out", "device", "threads", "workers", "max_bad", "dry_run"),
+    *("log_every", "save_every", "keep"),
+)
 """Settings that may differ when a run goes on: they do not change what is computed."""
 
 

@@ -31,9 +31,10 @@ def test_distributed_calls_live_in_one_file():
 
 def test_from_the_command_to_the_loss_of_moco_v2_is_a_short_read():
     """The method, the loop, and the plumbing that both name, as one device runs them."""
-    read = ["methods/mocov2.py", "methods/base.py", "engine.py", "nets.py", "optim.py", "order.py"]
+    read = ["methods/mocov2.py", "methods/base.py", "engine.py", "update.py"]
+    read += ["nets.py", "optim.py", "order.py"]
     lines = {name: len((PACKAGE / name).read_text().splitlines()) for name in read}
-    assert sum(lines.values()) <= 600, lines
+    assert sum(lines.values()) <= 640, lines
     assert lines["methods/mocov2.py"] <= 150
 
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from firstsight import checkpoint, engine, loader, run
+from firstsight import checkpoint, engine, loader, run, update
 from firstsight.errors import UserError
 from firstsight.features import Reader, extract, subset
 from firstsight.log import read_log
 from firstsight.probe import KnnProbe
+from firstsight.schedule import Schedule, due
 from tests.tiny import Patches, config
 
 
@@ -80,7 +81,7 @@ def test_nothing_readable_at_all_is_one_sentence():
 
 
 def test_a_nonfinite_loss_stops_the_run_with_the_last_good_checkpoint(tmp_path, monkeypatch):
-    real, calls = engine.on_device, iter(range(100))
+    real, calls = update.on_device, iter(range(100))
 
     def poisoned(*arguments):
         batch = real(*arguments)
@@ -88,7 +89,7 @@ def test_a_nonfinite_loss_stops_the_run_with_the_last_good_checkpoint(tmp_path, 
             return dataclasses.replace(batch, views=(batch.views[0] * torch.nan, batch.views[1]))
         return batch
 
-    monkeypatch.setattr(engine, "on_device", poisoned)
+    monkeypatch.setattr(update, "on_device", poisoned)
     with pytest.raises(UserError) as caught:
         train(tmp_path)
     text = str(caught.value)
@@ -101,12 +102,9 @@ def test_a_nonfinite_loss_stops_the_run_with_the_last_good_checkpoint(tmp_path, 
 
 def test_an_update_that_breaks_the_networks_is_never_saved(tmp_path, monkeypatch):
     """The loss of the step was finite; the weights after it are not."""
-    real = engine.optim.rate
-    monkeypatch.setattr(
-        engine.optim,
-        "rate",
-        lambda step, *a, **k: float("inf") if step == 5 else real(step, *a, **k),
-    )
+    real = Schedule.rate
+    broken = lambda self, step: float("inf") if step == 5 else real(self, step)  # noqa: E731
+    monkeypatch.setattr(Schedule, "rate", broken)
     with pytest.raises(UserError, match=r"broke the networks at step 5.*step-00000003\.pt"):
         train(tmp_path)
     assert checkpoint.read(tmp_path / "checkpoints" / "last")["step"] == 3
@@ -203,10 +201,10 @@ def test_features_are_those_of_the_images_that_can_be_read():
 
 
 def test_moments_of_a_run_are_evenly_spread():
-    assert [d for d in range(1, 13) if engine.due(d, 12, 4)] == [3, 6, 9, 12]
-    assert [d for d in range(1, 8) if engine.due(d, 7, 3)] == [3, 5, 7]
-    assert [d for d in range(1, 4) if engine.due(d, 3, 10)] == [1, 2, 3]
-    assert not engine.due(5, 5, 0)
+    assert [d for d in range(1, 13) if due(d, 12, 4)] == [3, 6, 9, 12]
+    assert [d for d in range(1, 8) if due(d, 7, 3)] == [3, 5, 7]
+    assert [d for d in range(1, 4) if due(d, 3, 10)] == [1, 2, 3]
+    assert not due(5, 5, 0)
 
 
 @pytest.mark.slow
@@ -309,17 +307,17 @@ def test_a_mended_command_is_not_refused_for_the_mistake_before_it(tmp_path):
 
 def test_bad_files_are_counted_over_the_whole_of_a_resumed_run(tmp_path, monkeypatch):
     source = Patches(unreadable=(3, 4, 5))
-    real, calls = engine.on_device, iter(range(100))
+    real, calls = update.on_device, iter(range(100))
 
     def failing(*arguments):
         if next(calls) == 8:
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(engine, "on_device", failing)
+    monkeypatch.setattr(update, "on_device", failing)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, source, max_bad=0.1)
-    monkeypatch.setattr(engine, "on_device", real)
+    monkeypatch.setattr(update, "on_device", real)
     train(tmp_path, source, max_bad=0.1)
     counts = [r["bad_images"] for r in read_log(tmp_path / "log.jsonl")]
     assert counts == sorted(counts) and counts[-1] == 3

@@ -13,6 +13,7 @@ from firstsight.errors import UserError
 from firstsight.nets import MomentumEncoder, Queue
 from firstsight.norms import SplitBatchNorm, split_batch_norm
 from firstsight.order import Epochs
+from firstsight.schedule import Schedule
 
 
 def test_keyed_numbers_are_uniform_and_independent_of_company():
@@ -151,17 +152,23 @@ def test_weight_decay_is_excluded_by_the_type_of_the_owner():
 
 def test_the_cosine_and_its_warm_up_at_named_steps():
     rate = {
-        step: optim.rate(step, 110, peak=2.0, warmup=10, schedule="cosine")
-        for step in (0, 5, 10, 60, 109)
+        step: Schedule(steps=110, peak=2.0, warmup=10).rate(step) for step in (0, 5, 10, 60, 109)
     }
     assert rate[0] == 0 and rate[5] == 1.0 and rate[10] == 2.0
     assert rate[60] == pytest.approx(1.0)
     assert rate[109] == pytest.approx(1 + math.cos(math.pi * 0.99))
 
 
+def test_half_a_cosine_is_the_momentum_of_the_papers():
+    dino = [optim.cosine(step / 70, 0.996, 1.0) for step in (0, 35, 69)]
+    assert dino == pytest.approx([0.996, 0.998, 0.99999799], abs=5e-9)
+    scrl = [optim.cosine(step / 10, 0.97, 1.0) for step in (0, 1, 5, 9)]
+    assert scrl == pytest.approx([0.97, 0.970734, 0.985, 0.999266], abs=5e-7)
+
+
 def test_the_step_schedule_drops_where_told():
     rates = [
-        optim.rate(s, 200, peak=1.0, warmup=0, schedule="step", drops=(0.6, 0.8))
+        Schedule(steps=200, peak=1.0, shape="step", drops=(0.6, 0.8)).rate(s)
         for s in (0, 119, 120, 159, 160, 199)
     ]
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])

@@ -55,6 +55,7 @@ def config(name: str, out: Path, **values: Any) -> Pretrain:
         "threads": 1,
         "device": "cpu",
     }
-    if "queue_size" in {f.name for f in dataclasses.fields(own)}:
-        base["method"] = {"queue_size": 20} | values.pop("method", {})
+    known = {f.name for f in dataclasses.fields(own)}
+    small = {key: n for key, n in {"queue_size": 20, "hidden": 32}.items() if key in known}
+    base["method"] = small | values.pop("method", {})
     return begun(defaults, own, base | values, "test")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -131,3 +133,13 @@ def build(name: str, stem: str = "standard", size: int = 224) -> Backbone:
     if name not in RESNETS:
         raise unknown("backbone", name, [*RESNETS, "timm:NAME"])
     return ResNet(name, stem)
+
+
+def compile_all(module: nn.Module) -> None:
+    """Let torch compile the forward pass of every backbone in `module`; their keys stay."""
+    compilers = filter(None, (os.environ.get("CXX"), "g++", "clang++", "cl"))
+    if not any(map(shutil.which, compilers)):
+        raise UserError("--compile needs a C++ compiler (g++ or clang++); leave out --compile")
+    for backbone in module.modules():
+        if isinstance(backbone, Backbone):
+            backbone.compile()

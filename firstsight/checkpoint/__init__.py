@@ -168,6 +168,28 @@ def load_backbone(spec: str) -> tuple[Backbone, dict[str, Any]]:
     return _from_safetensors(path) if path.suffix == ".safetensors" else _from_state(path)
 
 
+def start_backbone(backbone: Backbone, spec: str) -> None:
+    """Give `backbone` the weights of a CHECKPOINT, which must be of the same architecture."""
+    weights = _weights(load_backbone(spec)[0])
+    load_state(
+        backbone.network if isinstance(backbone, backbones.Timm) else backbone, weights, spec
+    )
+
+
+def start_method(method: torch.nn.Module, name: str, spec: str) -> None:
+    """Give all networks and queues of a method those of a run of the same method."""
+    path = Path(spec)
+    state = newest(path / "checkpoints")[0] if path.is_dir() else None
+    if path.is_file() and path.suffix != ".safetensors":
+        state = read(path)
+    if state is None or state.get("name") != name:
+        what = f"a run of {state['name']}" if state and "name" in state else "no run of ours"
+        raise UserError(
+            f"{spec} is {what}: --init-policy all takes a run of {name}; use --init-policy backbone"
+        )
+    load_state(method, state["method"], spec)
+
+
 def _published(kind: str, name: str) -> Backbone:
     try:
         if kind == "timm":

@@ -45,13 +45,17 @@ def build(name: str, config: Pretrain, images: int) -> Method:
     """The method with its networks as they are before training: a function of the settings."""
     import torch
 
-    from firstsight import backbones
+    from firstsight import backbones, checkpoint
     from firstsight.norms import global_batch_norm
 
     method_class, settings_class = load(name)
     torch.manual_seed(config.seed)
     backbone = backbones.build(config.backbone, config.stem, config.size)
+    if config.init:
+        checkpoint.start_backbone(backbone, config.init)  # before momentum encoders copy it
     method = method_class(settings_class(**shallow(config.method)), backbone, images)
+    if config.init_policy == "all":
+        checkpoint.start_method(method, name, config.init)
     if config.batch_norm == "global":
         global_batch_norm(method)
     return method

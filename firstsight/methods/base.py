@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -29,6 +29,9 @@ class Method(nn.Module, ABC):
 
     backbone: Backbone
     """What is kept after pretraining."""
+    couples: ClassVar[str] = ""
+    """What the loss takes from the batch at hand, and so only from a chunk of it with
+    `--accumulate`: `negatives`; empty: the loss of each image stands alone (batch-norm apart)."""
 
     @abstractmethod
     def __init__(self, config: Any, backbone: Backbone, images: int) -> None:

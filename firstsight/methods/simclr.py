@@ -72,6 +72,8 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
 class SimCLR(Method):
     """SimCLR (Chen et al. 2020)."""
 
+    couples = "negatives"
+
     def __init__(self, config: Config, backbone: Backbone, images: int) -> None:
         super().__init__(config, backbone, images)
         self.config = config

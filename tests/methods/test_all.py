@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from firstsight import distributed, engine, methods, run
+from firstsight import distributed, engine, methods, run, update
 from firstsight.batch import Batch
 from firstsight.nets import MomentumEncoder
 from firstsight.settings import begun
@@ -100,7 +100,7 @@ def _one_rank(rank, world, port, name, folder, overrides):
 def _gradients(name, folder, overrides, rank=0, world=1):
     settings = config(name, Path(folder), **overrides)
     method = methods.build(name, settings, images=48).double()  # no flips of a ReLU by rounding
-    model = engine.parallel(method, torch.device("cpu"))
+    model = distributed.replica(method)
     sides = settings.views.sides(settings.size)
     whole = batch_of(8, len(sides), sides)
     share = slice(rank * 8 // world, (rank + 1) * 8 // world)
@@ -155,39 +155,78 @@ def test_two_ranks_are_one_process_on_the_same_batch(name, tmp_path):
             torch.testing.assert_close(got_buffers[key], buffer, atol=1e-9, rtol=1e-7, msg=key)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_chunks_of_a_batch_are_the_batch_unless_the_method_says_otherwise(
+    name, tmp_path, monkeypatch
+):
+    """Loss, gradients, queues; with batch-norm at rest, since its statistics are of a chunk."""
+    monkeypatch.setattr(update, "on_device", lambda batch, *_: batch)  # made of floats already
+
+    def of(chunks):
+        method, settings = built(name, tmp_path, accumulate=chunks)
+        sides = settings.views.sides(settings.size)
+        whole = batch_of(8, len(sides), sides)
+        doubles = dataclasses.replace(whole, views=tuple(view.double() for view in whole.views))
+        method.double().eval()
+        output = update.gradients(method, doubles, update.scaler(settings), settings)
+        assert len(output.features) == 8 and not output.loss.requires_grad
+        got = {key: p.grad for key, p in method.named_parameters() if p.grad is not None}
+        return method, {
+            "loss": output.loss,
+            **output.scalars,
+            **got,
+            **dict(method.named_buffers()),
+        }
+
+    method, whole = of(1)
+    for chunks in (2, 3):
+        _, parts = of(chunks)
+        same = [torch.allclose(parts[key], whole[key], rtol=1e-9, atol=1e-12) for key in whole]
+        assert parts.keys() == whole.keys() and all(same) == (not method.couples)
+
+
 class Interrupted(Exception):
     pass
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("at", [1, 4, 5, 9, 11])
-def test_a_resumed_run_ends_where_an_unbroken_run_ends(name, at, tmp_path, monkeypatch):
-    """Bit for bit, with another number of workers: weights, optimiser, queue, log."""
+@pytest.mark.parametrize(
+    ("at", "options"),
+    [
+        *((at, {}) for at in (1, 4, 5, 9, 11)),
+        (9, {"accumulate": 2}),  # in the first chunk of the fifth step or the second
+        (10, {"accumulate": 2, "optimizer": "lars", "lars": "simclr", "clip_norm": 0.5}),
+        pytest.param(5, {"precision": "fp16", "clip_param": 0.1}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_resumed_run_ends_where_an_unbroken_run_ends(name, at, options, tmp_path, monkeypatch):
+    """Bit for bit, with another number of workers: weights, optimiser, scaler, queue, log."""
     source = Patches(48)  # 6 steps an epoch, 12 in all, a checkpoint after every third
 
     def ended(folder, workers=0):
-        settings = config(name, tmp_path / folder, workers=workers)
+        settings = config(name, tmp_path / folder, workers=workers, **options)
         (tmp_path / folder).mkdir(exist_ok=True)
         engine.pretrain(name, settings, source, None, tmp_path / folder)
         return torch.load(tmp_path / folder / "checkpoints" / "last")
 
     whole = ended("whole")
     calls = iter(range(100))
-    real = engine.on_device
+    real = update.on_device
 
     def failing(*arguments):
         if next(calls) == at:
             raise Interrupted
         return real(*arguments)
 
-    monkeypatch.setattr(engine, "on_device", failing)
+    monkeypatch.setattr(update, "on_device", failing)
     with pytest.raises(Interrupted):
         ended("broken")
-    monkeypatch.setattr(engine, "on_device", real)
+    monkeypatch.setattr(update, "on_device", real)
     resumed = ended("broken", workers=2)
     assert resumed["step"] == whole["step"] == 12
     for key, tensor in whole["method"].items():
         assert torch.equal(tensor, resumed["method"][key]), key
+    assert (whole["scaler"], whole["skipped"]) == (resumed["scaler"], resumed["skipped"])
     for key, slots in whole["optimizer"]["state"].items():
         for slot, value in slots.items():
             other = resumed["optimizer"]["state"][key][slot]

@@ -1,0 +1,84 @@
+"""All that a run needs to go on as if it had never stopped: saved, and found again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from firstsight import checkpoint
+from firstsight.errors import UserError
+from firstsight.log import say
+from firstsight.methods.base import Method
+from firstsight.settings import Pretrain, plain
+from firstsight.sources.base import Source
+
+
+@dataclass(kw_only=True)
+class State:
+    """The parts of a run that training changes, and how far it is."""
+
+    out: Path
+    name: str
+    config: Pretrain
+    source: Source
+    method: Method
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    """Optimiser steps done."""
+    seconds: float = 0.0
+    """Spent training, views included and readings not."""
+    skipped: int = 0
+    """Steps that float16 could not take."""
+    bad: set[str] = field(default_factory=set)
+    """Images that could not be decoded."""
+
+    def __post_init__(self) -> None:
+        self._fingerprint = self.source.fingerprint()
+
+    def resume(self) -> None:
+        """Take up the newest whole checkpoint, where there is one."""
+        saved, damaged = checkpoint.newest(self.out / "checkpoints")
+        for complaint in damaged:
+            say(f"{complaint}; taking the one before it")
+        if saved is None:
+            return
+        if saved["source"] != self._fingerprint:
+            raise UserError(
+                f"{self.source.spec} no longer holds the images that {self.out} was trained on; "
+                f"use --out to start another run"
+            )
+        checkpoint.load_state(self.method, saved["method"], self.out / "checkpoints" / "last")
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
+        self.step, self.seconds = int(saved["step"]), float(saved["seconds"])
+        self.skipped, self.bad = int(saved.get("skipped", 0)), set(saved["bad"])
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        values: dict[str, Any] = {"step": self.step, "seconds": self.seconds}
+        values |= {"skipped": self.skipped, "bad": sorted(self.bad)}
+        values |= {"method": self.method.state_dict(), "optimizer": self.optimizer.state_dict()}
+        values |= {"scaler": self.scaler.state_dict(), "source": self._fingerprint}
+        values |= {"about": about(self.method, self.config)}
+        values |= {"name": self.name, "settings": plain(self.config)}
+        checkpoint.save(self.out / "checkpoints", self.step, values, self.config.keep)
+
+    def snapshot(self) -> None:
+        """Keep the backbone as it is now."""
+        folder = self.out / "snapshots"
+        folder.mkdir(exist_ok=True)
+        what = {**about(self.method, self.config), "step": self.step}
+        path = folder / f"step-{self.step:08d}.safetensors"
+        checkpoint.save_backbone(path, self.method.backbone, what)
+
+
+def about(method: Method, config: Pretrain) -> dict[str, Any]:
+    """What a reader of the backbone needs to know."""
+    return checkpoint.about_backbone(
+        method.backbone, config.size, config.views.mean, config.views.std
+    )
