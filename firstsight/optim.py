@@ -43,6 +43,15 @@ def build(
     return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay, fused=True)
 
 
+def cosine(progress: float, start: float, end: float) -> float:
+    """Half a cosine: `start` at progress 0, `end` at progress 1, flat at both.
+
+    For learning rates, weight decay, and the momentum of moving averages (Grill et al. 2020,
+    appendix J.1: 1 - (1 - base) * (cos(pi k / K) + 1) / 2 is `cosine(k / K, base, 1)`).
+    """
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 def rate(
     step: int,
     steps: int,
@@ -61,7 +70,7 @@ def rate(
         return peak * step / warmup
     if schedule == "step":
         return float(peak * 0.1 ** sum(step >= drop * steps for drop in drops))
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    return cosine((step - warmup) / (steps - warmup), peak, 0.0)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

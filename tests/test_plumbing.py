@@ -159,6 +159,13 @@ def test_the_cosine_and_its_warm_up_at_named_steps():
     assert rate[109] == pytest.approx(1 + math.cos(math.pi * 0.99))
 
 
+def test_half_a_cosine_is_the_momentum_of_the_papers():
+    dino = [optim.cosine(step / 70, 0.996, 1.0) for step in (0, 35, 69)]
+    assert dino == pytest.approx([0.996, 0.998, 0.99999799], abs=5e-9)
+    scrl = [optim.cosine(step / 10, 0.97, 1.0) for step in (0, 1, 5, 9)]
+    assert scrl == pytest.approx([0.97, 0.970734, 0.985, 0.999266], abs=5e-7)
+
+
 def test_the_step_schedule_drops_where_told():
     rates = [
         optim.rate(s, 200, peak=1.0, warmup=0, schedule="step", drops=(0.6, 0.8))
