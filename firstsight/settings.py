@@ -33,7 +33,8 @@ class Defaults:
     base_lr: float
     weight_decay: float
     warmup_epochs: float = 0
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
+    schedule: Literal["cosine", "step"] = "cosine"
     undecayed: tuple[Literal["norm", "bias"], ...] = ()
     batch_norm: Literal["local", "global"] = "local"
 
@@ -61,8 +62,8 @@ class Pretrain:
     """Passes over the source; may be a fraction."""
     batch_size: int = 256
     """Images per optimiser step, over all ranks."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """Optimiser: SGD with momentum 0.9, or AdamW."""
+    optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
+    """Optimiser: SGD with momentum 0.9, the same with rates adapted to each layer, or AdamW."""
     lr: float | None = None
     """Peak learning rate, absolute; None: --base-lr scaled by the batch."""
     base_lr: float = 0.03
