@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from contextlib import AbstractContextManager
 from typing import cast
 
@@ -21,6 +22,19 @@ def full(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def mlp(*widths: int, hidden_bias: bool = True) -> nn.Sequential:
+    """A head of linear layers between `widths`, with batch-norm and ReLU after all but the last.
+
+    The last layer has no bias. Nor need the others, since batch-norm takes it out again: they have
+    one where the paper's have one.
+    """
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths[:-1]):
+        layers.append(nn.Linear(before, after, bias=hidden_bias))
+        layers += [nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=False))
+
+
 class MomentumEncoder(nn.Module):
     """A copy of some modules, applied in turn, that follows them as a moving average.
 
@@ -37,6 +51,13 @@ class MomentumEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """What the copied modules, one after the other, make of the images."""
         return cast(Tensor, self.copy(images))
+
+    @torch.no_grad()
+    def redraw(self) -> None:
+        """Other weights of the same kind: the values of each parameter, in random order."""
+        for parameter in self.copy.parameters():
+            order = torch.randperm(parameter.numel(), device=parameter.device)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
 
     @torch.no_grad()
     def follow(self, *followed: nn.Module, momentum: float) -> None:

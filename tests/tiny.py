@@ -55,6 +55,9 @@ def config(name: str, out: Path, **values: Any) -> Pretrain:
         "threads": 1,
         "device": "cpu",
     }
-    if "queue_size" in {f.name for f in dataclasses.fields(own)}:
-        base["method"] = {"queue_size": 20} | values.pop("method", {})
+    if defaults.optimizer == "lars":  # until it can be built
+        base["optimizer"] = "sgd"
+    small = {"queue_size": 20, "hidden": 32}
+    known = {f.name for f in dataclasses.fields(own)}
+    base["method"] = {k: v for k, v in small.items() if k in known} | values.pop("method", {})
     return begun(defaults, own, base | values, "test")
