@@ -22,7 +22,7 @@ from firstsight.backbones import Backbone
 from firstsight.batch import Batch
 from firstsight.errors import require_positive, require_share
 from firstsight.methods.base import Method, Output
-from firstsight.nets import MomentumEncoder, full, mlp, uncast
+from firstsight.nets import MomentumEncoder, full, mlp
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # Grill et al., section 3.2; their batch is 4096, the rate is per 256 images
@@ -67,10 +67,9 @@ def byol_loss(
     crosswise: `second` from the first view, `first` from the second. Normalised inside; no gradient
     flows into what is predicted (Grill et al. 2020, equation 2 and its mirror image).
     """
-    with uncast(first_predicted):
-        one = F.cosine_similarity(full(first_predicted), full(second.detach()), dim=1)  # (B,)
-        other = F.cosine_similarity(full(second_predicted), full(first.detach()), dim=1)  # (B,)
-        return (4 - 2 * one - 2 * other).mean()
+    one = F.cosine_similarity(full(first_predicted), full(second.detach()), dim=1)  # (B,)
+    other = F.cosine_similarity(full(second_predicted), full(first.detach()), dim=1)  # (B,)
+    return (4 - 2 * one - 2 * other).mean()
 
 
 class BYOL(Method):
