@@ -57,7 +57,7 @@ def config(name: str, out: Path, **values: Any) -> Pretrain:
     }
     if defaults.optimizer == "lars":  # until it can be built
         base["optimizer"] = "sgd"
-    small = {"queue_size": 20, "hidden": 32}
+    small = {"queue_size": 20, "hidden": 32, "dim": 16}
     known = {f.name for f in dataclasses.fields(own)}
     base["method"] = {k: v for k, v in small.items() if k in known} | values.pop("method", {})
     return begun(defaults, own, base | values, "test")
