@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from contextlib import AbstractContextManager
 from typing import cast
 
@@ -20,19 +19,6 @@ def uncast(tensor: Tensor) -> AbstractContextManager[None]:
 def full(tensor: Tensor) -> Tensor:
     """The tensor in float32, or in float64 where it is so already."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def mlp(*widths: int, hidden_bias: bool = True) -> nn.Sequential:
-    """A head of linear layers between `widths`, with batch-norm and ReLU after all but the last.
-
-    The last layer has no bias. Nor need the others, since batch-norm takes it out again: they have
-    one where the paper's have one.
-    """
-    layers: list[nn.Module] = []
-    for before, after in itertools.pairwise(widths[:-1]):
-        layers.append(nn.Linear(before, after, bias=hidden_bias))
-        layers += [nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=False))
 
 
 class MomentumEncoder(nn.Module):
