@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -16,6 +17,17 @@ Weighting = Literal["softmax", "distance", "uniform"]
 
 _CHUNK_BYTES = 2**28
 """Bound on one block of the test x train matrix."""
+
+
+def spread(x: Tensor) -> Tensor:
+    """How far the directions of the rows of `x` (N, D) differ: about 1 evenly spread, 0 all alike.
+
+    The standard deviation of their unit vectors, mean over dimensions, times the root of D. Where a
+    method without negatives collapses, it goes to 0 (Chen and He 2021, section 4.1,
+    https://arxiv.org/abs/2011.10566).
+    """
+    deviation = F.normalize(x, dim=1).std(dim=0)  # (D,)
+    return deviation.mean() * math.sqrt(x.shape[1])
 
 
 def nearest(

@@ -46,6 +46,13 @@ class MomentumEncoder(nn.Module):
         return cast(Tensor, self.copy(images))
 
     @torch.no_grad()
+    def redraw(self) -> None:
+        """Other weights of the same kind: the values of each parameter, in random order."""
+        for parameter in self.copy.parameters():
+            order = torch.randperm(parameter.numel(), device=parameter.device)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
+
+    @torch.no_grad()
     def follow(self, *followed: nn.Module, momentum: float) -> None:
         """Move each parameter: momentum * own + (1 - momentum) * followed."""
         own: list[Tensor] = list(self.copy.parameters())

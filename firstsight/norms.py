@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from firstsight import distributed
 from firstsight.errors import UserError
+from firstsight.nets import full
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
 
@@ -99,6 +100,21 @@ class GlobalBatchNorm(nn.BatchNorm2d):
 def split_batch_norm(module: nn.Module, splits: int) -> None:
     """Give every batch-norm inside `module` its statistics in `splits` parts of the batch."""
     _replace(module, lambda norm: SplitBatchNorm(norm, splits), "--method.splits")
+
+
+@torch.no_grad()
+def among_others(encoder: nn.Module, images: Tensor, splits: int) -> Tensor:
+    """What `encoder` makes of `images` (B, ...), each in other company than it came with.
+
+    On several ranks (or in `splits` parts of the batch) images are dealt out anew and the results
+    brought back: the statistics of batch-norm would otherwise tell a query which key is its own
+    (He et al. 2020, section 3.3). Alone and unsplit there is nothing to deal.
+    """
+    if distributed.world() * splits == 1:
+        return full(encoder(images))
+    order = distributed.permutation(images)  # (WB,)
+    encoded = full(encoder(distributed.shuffled(images, order)))
+    return distributed.unshuffled(encoded, order)
 
 
 def global_batch_norm(module: nn.Module) -> None:

@@ -42,6 +42,7 @@ class Defaults:
     warmup_epochs: float = 0
     optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
     lars: Lars = "barlow"
+    schedule: Literal["cosine", "step"] = "cosine"
     undecayed: tuple[Kind, ...] = ()
     lr_start: float = 0.0
     lr_end: float = 0.0

@@ -84,3 +84,20 @@ def test_an_untrained_backbone_is_always_the_same_and_disturbs_nobody():
     assert torch.equal(torch.rand(1), expected)
     two, _ = checkpoint.load_backbone("random:resnet18")
     assert torch.equal(one.conv1.weight, two.conv1.weight)
+
+
+def test_zeroed_residuals_leave_the_identity_and_spare_what_is_trained():
+    resnet = backbones.build("resnet50", size=32).eval()
+    with torch.no_grad():
+        resnet.layer1[1].bn3.weight.mul_(1.5)  # as if it had been trained
+    backbones.zero_residuals(resnet)
+    cells = torch.rand(1, 256, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(resnet.layer1[2](cells), cells)
+    assert (resnet.layer1[1].bn3.weight == 1.5).all()
+    zeroed = [key for key, weight in resnet.named_parameters() if not weight.any()]
+    assert sum(key.endswith("bn3.weight") for key in zeroed) == 15  # of 16 blocks
+    assert not any(key.endswith("bn2.weight") for key in zeroed)
+    basic = backbones.build("resnet18", size=32)
+    backbones.zero_residuals(basic)
+    assert not any(block.bn2.weight.any() for block in basic.layer4)

@@ -1,3 +1,5 @@
+import statistics
+
 import numpy as np
 import pytest
 import torch
@@ -102,3 +104,13 @@ def test_a_small_temperature_does_not_overflow():
     train, test = torch.eye(3), torch.eye(3)
     got = knn_predict(train, torch.arange(3), test, 3, temperature=1e-4)
     assert got.tolist() == [0, 1, 2]
+
+
+def test_spread_tells_collapse_from_an_even_cloud():
+    torch.manual_seed(0)
+    assert metrics.spread(torch.randn(20_000, 16)).item() == pytest.approx(1, abs=0.01)
+    assert metrics.spread(torch.ones(9, 16) * torch.rand(9, 1)).item() == pytest.approx(0, abs=1e-6)
+    x = torch.tensor([[3.0, 4.0], [4.0, 3.0], [5.0, 0.0]], dtype=torch.float64)
+    units = [[0.6, 0.8], [0.8, 0.6], [1.0, 0.0]]
+    by_hand = sum(statistics.stdev(row[d] for row in units) for d in range(2)) / 2 * 2**0.5
+    assert metrics.spread(x).item() == pytest.approx(by_hand, abs=1e-12)

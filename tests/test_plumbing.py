@@ -10,6 +10,7 @@ from torch import nn
 
 from firstsight import keyed, optim
 from firstsight.errors import UserError
+from firstsight.heads import mlp
 from firstsight.nets import MomentumEncoder, Queue
 from firstsight.norms import SplitBatchNorm, split_batch_norm
 from firstsight.order import Epochs
@@ -139,6 +140,15 @@ def test_a_momentum_encoder_starts_equal_and_moves_by_its_share():
     slow.follow(net, momentum=0.75)
     for before, now, seen in zip(old, slow.parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(now, 0.75 * before + 0.25 * seen)
+
+
+@pytest.mark.parametrize("hidden_bias", [True, False])
+def test_a_head_normalises_all_layers_but_its_last(hidden_bias):
+    kinds = [type(layer).__name__ for layer in mlp(3, 5, 7, 2)]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear"]
+    linear = mlp(3, 5, 7, 2, hidden_bias=hidden_bias)[::3]
+    assert [layer.weight.shape for layer in linear] == [(5, 3), (7, 5), (2, 7)]
+    assert [layer.bias is not None for layer in linear] == [hidden_bias, hidden_bias, False]
 
 
 def test_weight_decay_is_excluded_by_the_type_of_the_owner():

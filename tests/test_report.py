@@ -210,7 +210,7 @@ def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path: Path) -> None:
 
 
 def test_only_what_differs_from_the_defaults_is_on_top(tmp_path: Path) -> None:
-    text, _ = report(make_run(tmp_path / "run", weight_decay=1e-4, views={"flip": 0.25}, workers=7))
+    text, _ = report(make_run(tmp_path / "run", weight_decay=1e-6, views={"flip": 0.25}, workers=7))
     top = text[text.index("<h2>Settings") : text.index("<details>", text.index("<h2>Settings"))]
     names = re.findall(r'<th scope="row"><code>([^<]*)', top)
     assert names == ["batch-size", "data", "epochs", "probe-images", "size", "views.flip"]

@@ -72,6 +72,21 @@ class ResNet(Backbone):
         return self.feature_map(images).mean(dim=(2, 3))
 
 
+def zero_residuals(backbone: Backbone) -> None:
+    """Let the residual blocks of an untrained torchvision ResNet begin as the identity.
+
+    The scale of each block's last batch-norm becomes 0 (Goyal et al. 2017, section 5.1,
+    https://arxiv.org/abs/1706.02677). Trained scales stay, and so does what comes from timm, which
+    does this of itself where its authors meant it to.
+    """
+    if not isinstance(backbone, ResNet):
+        return
+    for block in backbone.modules():
+        last = getattr(block, "bn3", getattr(block, "bn2", None))
+        if isinstance(last, nn.BatchNorm2d) and bool((last.weight == 1).all()):
+            nn.init.zeros_(last.weight)
+
+
 class Timm(Backbone):
     """Any timm network without its classifier, under timm's own parameter names."""
 

@@ -24,7 +24,7 @@ from firstsight.batch import Batch
 from firstsight.errors import require_positive, require_share
 from firstsight.methods.base import Method, Output
 from firstsight.nets import MomentumEncoder, Queue, full, uncast
-from firstsight.norms import split_batch_norm
+from firstsight.norms import among_others, split_batch_norm
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # Chen et al., section 3, and the authors' code
@@ -110,19 +110,9 @@ class MoCoV2(Method):
         similarity = (queries.detach() * keys).sum(dim=1).mean()
         return Output(loss, features.detach(), {"positive_similarity": similarity})
 
-    @torch.no_grad()
     def encode_keys(self, view: Tensor) -> Tensor:
-        """Unit keys (B, D), each encoded among images that its query was not encoded with.
-
-        Otherwise the statistics of batch-norm tell a query which key is its own. On several ranks
-        (or splits) images are dealt out anew for the keys; alone and unsplit there is nothing to
-        deal (He et al., section 3.3).
-        """
-        if distributed.world() * self.config.splits == 1:
-            return F.normalize(full(self.momentum_encoder(view)), dim=1)
-        order = distributed.permutation(view)  # (WB,)
-        keys = full(self.momentum_encoder(distributed.shuffled(view, order)))
-        return F.normalize(distributed.unshuffled(keys, order), dim=1)
+        """Unit keys (B, D), each encoded among images that its query was not encoded with."""
+        return F.normalize(among_others(self.momentum_encoder, view, self.config.splits), dim=1)
 
     def after_step(self, progress: float, lr: float) -> None:
         """Move the momentum encoder.

@@ -25,13 +25,15 @@ from firstsight.methods.base import Method, Output
 from firstsight.nets import full, uncast
 from firstsight.settings import Defaults
 
-DEFAULTS = Defaults(  # Chen et al., appendix B; sgd here in place of LARS, with its usual rate
+DEFAULTS = Defaults(  # Chen et al., section 2.2; their batch is 4096, the rate is per 256 images
     views="simclr",
     epochs=100,
     batch_size=256,
-    base_lr=0.06,
-    weight_decay=1e-4,
+    base_lr=0.3,
+    weight_decay=1e-6,
     warmup_epochs=10,
+    optimizer="lars",
+    lars="simclr",
     undecayed=("norm", "bias"),
     batch_norm="global",
 )
