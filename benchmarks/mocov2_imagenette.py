@@ -27,10 +27,10 @@ import zipfile
 from pathlib import Path
 
 import torch
+import torchvision
 from PIL import Image
 from torch import nn
 
-from firstsight import backbones
 from firstsight.features import Reader, extract
 from firstsight.metrics import knn_accuracy
 from firstsight.sources import open_source
@@ -84,7 +84,8 @@ def lightlys(data: Path, epochs: float, seed: int) -> dict[str, float]:
     from lightly.transforms import MoCoV2Transform
 
     torch.manual_seed(seed)
-    network = backbones.build("resnet18")
+    network = torchvision.models.resnet18()
+    network.fc = nn.Identity()
     head = MoCoProjectionHead(512, 512, 128)
     key_network, key_head = copy.deepcopy(network), copy.deepcopy(head)
     deactivate_requires_grad(key_network)

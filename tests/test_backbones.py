@@ -1,10 +1,13 @@
 """One interface over torchvision and timm: the same features, and true statements about itself."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
 
 from firstsight import backbones, checkpoint
+from firstsight.backbones.conv import Conv3x3, with_small_maps
 from firstsight.errors import UserError
 
 
@@ -28,16 +31,49 @@ def test_a_backbone_states_its_width_and_stride(name, stem, width, stride):
         assert backbone(images).shape == backbone.features(images).shape == (2, width)
 
 
-def test_a_resnet_is_torchvisions_to_the_last_bit():
+def test_a_resnet_is_torchvisions():
     reference = torchvision.models.resnet18()
     backbone = backbones.build("resnet18")
     weights = {k: v for k, v in reference.state_dict().items() if not k.startswith("fc.")}
     checkpoint.load_state(backbone, weights, "torchvision")
     reference.fc = torch.nn.Identity()
-    images = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        theirs, ours = reference.eval()(images), backbone.eval()(images)
-    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    for side in (32, 64, 96):
+        images = torch.randn(2, 3, side, side)
+        with torch.no_grad():
+            theirs, ours = reference.eval()(images), backbone.eval()(images)
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("side", [(1, 1), (2, 2), (1, 2), (3, 3)])
+@pytest.mark.parametrize("channels", [5, 512])
+def test_a_convolution_of_a_tiny_map_is_the_convolution(side, stride, channels, layout):
+    """Values and both gradients; 512 channels are where 2x2 maps go the short way too."""
+    plain = torch.nn.Conv2d(3, channels, 3, stride, 1, bias=False).double()
+    short = copy.deepcopy(plain).to(memory_format=layout)
+    with_small_maps(torch.nn.Sequential(short))
+    assert isinstance(short, Conv3x3) and list(short.state_dict()) == ["weight"]
+    images = torch.randn(4, 3, *side, dtype=torch.double, requires_grad=True)
+    again = images.detach().clone().to(memory_format=layout).requires_grad_()
+    expected, got = plain(images), short(again)
+    weights = torch.randn_like(expected)
+    (expected * weights).sum().backward()
+    (got * weights).sum().backward()
+    for one, other in ((got, expected), (short.weight.grad, plain.weight.grad)):
+        torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(again.grad, images.grad, atol=1e-11, rtol=1e-11)
+
+
+def test_other_convolutions_are_left_alone():
+    others = [
+        torch.nn.Conv2d(4, 4, 3, padding=1),  # has a bias
+        torch.nn.Conv2d(4, 4, 3, padding=1, bias=False, groups=2),
+        torch.nn.Conv2d(4, 4, 3, bias=False),
+        torch.nn.Conv2d(4, 4, 1, bias=False),
+    ]
+    with_small_maps(torch.nn.ModuleList(others))
+    assert all(type(conv) is torch.nn.Conv2d for conv in others)
 
 
 def test_features_are_the_mean_over_the_map_and_tokens_are_laid_out_in_rows():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from firstsight.backbones.conv import with_small_maps
 from firstsight.errors import UserError, unknown
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -59,6 +60,7 @@ class ResNet(Backbone):
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
             self.maxpool = nn.Identity()
             self.stride = 8
+        with_small_maps(self)
 
     def feature_map(self, images: Tensor) -> Tensor:
         """(B, C, h, w): the output of layer4."""
@@ -101,6 +103,7 @@ class Timm(Backbone):
         options: dict[str, Any] = {"img_size": size, "dynamic_img_size": True} if resizable else {}
         network: Any = timm.create_model(name, pretrained=False, num_classes=0, **options)
         self.network = network
+        with_small_maps(self)
         # what is pooled may be wider than the map: some have a layer between
         self.width = int(getattr(network, "head_hidden_size", None) or network.num_features)
         self._cells = int(network.num_features)
