@@ -12,6 +12,7 @@ begins with `firstsight` (in `console` after `$ `; other lines there are output)
 - Never run, only parsed: what needs several processes, a GPU, a compiler, or weights to download.
 """
 
+import itertools
 import json
 import re
 import shlex
@@ -33,7 +34,7 @@ SCENES = 40
 MOST_EPOCHS = 3
 SMALLER = {
     "pretrain": "--backbone timm:test_resnet --size 32 --batch-size 8 --workers 0 --threads 1 "
-    "--precision fp32 --layout contiguous --device cpu --probe-readings 1",
+    "--precision fp32 --layout contiguous --device cpu --probe-readings 1 --warmup-epochs 0",
     "demo": "--epochs 0.02 --threads 1 --device cpu",
     "evaluate": "--threads 1 --device cpu",
 }
@@ -97,7 +98,7 @@ def test_every_command_of_the_docs_is_understood(page, words, monkeypatch, capsy
 
 
 def photographs(path, labelled):
-    """Twelve pictures: a folder, flat or of two classes, or a `.zip` of such a folder."""
+    """Twelve pictures in a folder, flat or of two classes, or in a `.zip` of such a folder."""
     if path.suffix == ".zip":
         photographs(path.with_suffix(""), labelled)
         shutil.make_archive(str(path.with_suffix("")), "zip", path.with_suffix(""))
@@ -116,7 +117,7 @@ def small(args):
         at = args.index("--epochs") + 1
         args[at] = str(min(float(args[at]), MOST_EPOCHS))
     elif args[0] == "pretrain" and len(args) > 1:
-        args += ["--epochs", "1", "--warmup-epochs", "0"]
+        args += ["--epochs", "1"]
     return args + (shlex.split(SMALLER.get(args[0], "")) if len(args) > 1 else [])
 
 
@@ -128,11 +129,11 @@ def test_the_commands_of_a_page_run_in_its_order(page, tmp_path, monkeypatch):
         if NEEDS_MORE.search(" ".join(words)) or ADDED in words:
             continue
         args = small(arguments(words))
-        for flag, value in zip(args, args[1:], strict=False):
+        for flag, value in itertools.pairwise(args):
             path = Path(value)
             is_source = re.fullmatch(r"--(data|(probe-)?(train|test))", flag)
             if is_source and ":" not in value and not path.exists():
-                photographs(path, labelled=page.stem != "coming_from")
+                photographs(path, labelled="photos" not in value)
         try:
             cli.main(args)
         except SystemExit as error:
@@ -238,9 +239,10 @@ def test_a_method_is_one_file(with_hypersphere):
     assert "--method.uniformity" in shown and "nothing that keeps images apart" in shown
     python(with_hypersphere, "-m", "firstsight", *small(arguments(other)), "--out", "run")
     records = [json.loads(line) for line in (with_hypersphere / "run/log.jsonl").open()]
-    assert records[-1]["step"] == 10 and "uniformity: 0.5" in (
-        with_hypersphere / "run/config.yaml"
-    ).read_text()
+    assert (
+        records[-1]["step"] == 10
+        and "uniformity: 0.5" in (with_hypersphere / "run/config.yaml").read_text()
+    )
 
 
 @pytest.mark.slow
