@@ -165,39 +165,31 @@ def helped(command, capsys):
     return set(HOLDS_FLAG.findall(capsys.readouterr().out))
 
 
+def there(command):
+    """Whether `firstsight VERB ...` is a command of this version."""
+    verb, *rest = command.split()[1:]
+    known = {"pretrain": methods.names(), "evaluate": getattr(cli, "READINGS", ["knn"])}
+    return verb in cli.VERBS and (not rest or rest[0] in known.get(verb, rest))
+
+
 def test_flags_of_coming_from_exist_and_what_is_not_yet_there_does_not(capsys, monkeypatch):
+    """In each row the second cell says flags of the command above it, or whole commands."""
     monkeypatch.setenv("COLUMNS", "200")
     checked = 0
     for header, rows in tables(ROOT / "docs/coming_from.md"):
-        command = header[1].strip("`")
-        known = helped(command, capsys) if command.startswith("firstsight") else None
+        of_flags = header[1].startswith("`firstsight")
+        known = helped(header[1].strip("`"), capsys) if of_flags else set()
         for row in rows:
-            ours, later = row[1], "not yet" in row[1]
-            if known is None:
-                assert later or "firstsight" not in ours or "see below" in ours, row
-                verbs = re.findall(r"`firstsight ([\w ]+)`", ours)
-                for verb in verbs if later else []:
-                    assert not understood(verb), f"{verb} is there now: {row}"
-                continue
-            for flag in HOLDS_FLAG.findall(" ".join(re.findall(r"`([^`]+)`", ours))):
-                checked += 1
-                said = "is there now" if later else "is not there"
-                assert (flag in known) != later, f"{command} {flag} {said}: {row}"
+            spans = re.findall(r"`([^`]+)`", row[1])
+            commands = [span for span in spans if span.startswith("firstsight")]
+            flags = [flag for span in spans for flag in HOLDS_FLAG.findall(span)]
+            here = [there(command) for command in commands] + [flag in known for flag in flags]
+            checked += len(here)
+            if "not yet" in row[1]:
+                assert not any(here), f"no longer missing, say how it is done now: {row}"
+            else:
+                assert all(here), f"there is no such thing in {header[1]}: {row}"
     assert checked > 100
-
-
-def understood(words):
-    """Whether there is such a command."""
-    verb, *rest = words.split()
-    return verb in cli.VERBS and (not rest or rest[0] in getattr(cli, "READINGS", {"knn": None}))
-
-
-def test_methods_that_coming_from_waits_for_are_not_there_yet():
-    text = (ROOT / "docs/coming_from.md").read_text()
-    named = set(re.findall(r"`firstsight pretrain (\w+)`", text)) & {"scrl", "pic", "seed"}
-    assert named and not named & set(methods.names()), "say on the page that they are there now"
-    for name in set(re.findall(r"`firstsight pretrain (\w+)`", text)) - named:
-        assert name in methods.names()
 
 
 def test_links_between_pages_lead_somewhere():
