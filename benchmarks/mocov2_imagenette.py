@@ -47,6 +47,7 @@ def ours(data: Path, epochs: float, seed: int, out: Path) -> dict[str, float]:
         *("--epochs", f"{epochs}", "--batch-size", f"{BATCH}", "--lr", f"{LR}"),
         *("--weight-decay", f"{DECAY}", "--method.queue-size", f"{QUEUE}"),
         *("--method.momentum", f"{MOMENTUM}", "--method.temperature", f"{TEMPERATURE}"),
+        *("--lr-every", "step"),
         *("--seed", f"{seed}", "--out", f"{out}"),
     ]
     subprocess.run(command, check=True)

@@ -149,7 +149,7 @@ DEMO: dict[str, Any] = {
     "probe_test": "scenes:test",
     "backbone": "resnet18",
     "size": 32,
-    "epochs": 8.0,
+    "epochs": 7.0,
     "batch_size": 64,
     "optimizer": "adamw",
     "lr": 1e-3,

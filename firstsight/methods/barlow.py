@@ -32,7 +32,8 @@ DEFAULTS = Defaults(  # the authors' code; their batch is 2048, the rate is per 
     weight_decay=1e-6,
     warmup_epochs=10,
     optimizer="lars",
-    undecayed=("norm", "bias"),
+    undecayed=("norm", "bias", "vector"),
+    lr_end=0.001,
     batch_norm="global",
 )
 

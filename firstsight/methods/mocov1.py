@@ -32,6 +32,7 @@ DEFAULTS = Defaults(  # He et al., section 4, and the authors' code: drops at 12
     base_lr=0.03,
     weight_decay=1e-4,
     schedule="step",
+    lr_every="epoch",
 )
 
 

@@ -33,6 +33,7 @@ DEFAULTS = Defaults(  # Chen et al., section 3, and the authors' code
     batch_size=256,
     base_lr=0.03,
     weight_decay=1e-4,
+    lr_every="epoch",
 )
 
 

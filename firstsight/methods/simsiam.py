@@ -30,6 +30,7 @@ DEFAULTS = Defaults(  # Chen and He, section 3; their batch is 512, the rate is 
     batch_size=256,
     base_lr=0.05,
     weight_decay=1e-4,
+    lr_every="epoch",
     batch_norm="global",
 )
 

@@ -33,7 +33,8 @@ DEFAULTS = Defaults(  # Bardes et al., section 4; their batch is 2048, the rate 
     weight_decay=1e-6,
     warmup_epochs=10,
     optimizer="lars",
-    undecayed=("norm", "bias"),
+    undecayed=("norm", "bias", "vector"),
+    lr_end=0.001,
     batch_norm="global",
 )
 
