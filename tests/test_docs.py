@@ -1,0 +1,263 @@
+"""What the pages say is what the commands do.
+
+Pages are README.md and docs/*.md. A command is a line of a fenced `sh` or `console` block that
+begins with `firstsight` (in `console` after `$ `; other lines there are output) or with `torchrun`.
+
+- The everyday part parses every command of every page: unknown flags, values of the wrong kind and
+  unknown methods fail.
+- The slow part runs them, page by page in one folder, in the order of the page, then its Python. It
+  makes the photographs that a command names, and makes runs small: sources of generated scenes have
+  SCENES images, and SMALLER goes behind the flags of the page, where the last one wins. Epochs stay
+  as the page has them up to MOST_EPOCHS.
+- Never run, only parsed: what needs several processes, a GPU, a compiler, or weights to download.
+"""
+
+import itertools
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from firstsight import cli, methods
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCENES = 40
+MOST_EPOCHS = 3
+SMALLER = {
+    "pretrain": "--backbone timm:test_resnet --size 32 --batch-size 8 --workers 0 --threads 1 "
+    "--precision fp32 --layout contiguous --device cpu --probe-readings 1 --warmup-epochs 0",
+    "demo": "--epochs 0.02 --threads 1 --device cpu",
+    "evaluate": "--threads 1 --device cpu",
+}
+PLACEHOLDERS = {"RUN": "runs/simclr-001", "SEED": "0"}
+NEEDS_MORE = re.compile(r"^torchrun|--device (cuda|mps)|--compile|torchvision:")
+ADDED = "hypersphere"  # the method that a page adds: its commands are those of other tests below
+
+
+def blocks(page, *languages):
+    """Fenced blocks of a page in these languages."""
+    pattern = rf"^```(?:{'|'.join(languages)})\n(.*?)^```"
+    return re.findall(pattern, page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(page):
+    """Commands of a page as lists of words, `firstsight` itself left out; torchrun's as a line."""
+    found = []
+    for text in blocks(page, "sh", "console"):
+        for line in text.replace("\\\n", " ").splitlines():
+            line = line.removeprefix("$ ")
+            if line.startswith(("firstsight ", "torchrun ")):
+                found.append(shlex.split(line, comments=True))
+    return found
+
+
+ALL = [(page, words) for page in PAGES for words in commands(page) if ADDED not in words]
+
+
+class Reached(Exception):
+    """A command understood all its words."""
+
+
+def arguments(words):
+    """What follows `firstsight` in a command, placeholders filled in."""
+    after = words[words.index("firstsight") + 1 :]
+    return [PLACEHOLDERS.get(word, word) for word in after]
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), ALL, ids=[f"{page.stem}-{' '.join(words)[:60]}" for page, words in ALL]
+)
+def test_every_command_of_the_docs_is_understood(page, words, monkeypatch, capsys):
+    from firstsight import evaluate, report, run
+
+    def reached(*_, **__):
+        raise Reached
+
+    for module in (run, evaluate, report):
+        for name in ("pretrain", "dry_run", "demo", "knn", "linear", "write_report"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, reached)
+    monkeypatch.setattr(cli.settings, "read_yaml", lambda path: {"data": "as in the file"})
+    args = arguments(words)
+    try:
+        cli.main(args)
+    except Reached:
+        return
+    except SystemExit as error:
+        assert error.code == 0, capsys.readouterr()
+    assert "--help" in args or len(args) == 1, "shows help and does nothing"
+
+
+def photographs(path, labelled):
+    """Twelve pictures in a folder, flat or of two classes, or in a `.zip` of such a folder."""
+    if path.suffix == ".zip":
+        photographs(path.with_suffix(""), labelled)
+        shutil.make_archive(str(path.with_suffix("")), "zip", path.with_suffix(""))
+        return
+    generator = np.random.default_rng(0)
+    for i in range(12):
+        folder = path / ("cats" if i % 2 else "dogs") if labelled else path
+        folder.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(folder / f"{i}.jpg"), generator.integers(0, 256, (40, 48, 3)))
+
+
+def small(args):
+    """The arguments of a command, made small by the rule above."""
+    args = [re.sub(r"^(scenes:\w+)(@\d+)?$", rf"\1@{SCENES}", word) for word in args]
+    if "--epochs" in args:
+        at = args.index("--epochs") + 1
+        args[at] = str(min(float(args[at]), MOST_EPOCHS))
+    elif args[0] == "pretrain" and len(args) > 1:
+        args += ["--epochs", "1"]
+    return args + (shlex.split(SMALLER.get(args[0], "")) if len(args) > 1 else [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_the_commands_of_a_page_run_in_its_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in commands(page):
+        if NEEDS_MORE.search(" ".join(words)) or ADDED in words:
+            continue
+        args = small(arguments(words))
+        for flag, value in itertools.pairwise(args):
+            path = Path(value)
+            is_source = re.fullmatch(r"--(data|(probe-)?(train|test))", flag)
+            if is_source and ":" not in value and not path.exists():
+                photographs(path, labelled="photos" not in value)
+        try:
+            cli.main(args)
+        except SystemExit as error:
+            assert error.code == 0, args
+    names = {"images": torch.zeros(2, 3, 32, 32)}
+    for text in blocks(page, "python") if page.stem != "new_method" else []:
+        exec(compile(text, page.name, "exec"), names)
+
+
+HOLDS_FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
+
+
+def tables(page):
+    """The tables of a page: cells of the header, then cells of each row."""
+    found, rows = [], []
+    for line in [*page.read_text().splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif rows:
+            found.append((rows[0], rows[2:]))
+            rows = []
+    return found
+
+
+def helped(command, capsys):
+    """Flags in the help of a command."""
+    with pytest.raises(SystemExit):
+        cli.main([*command.split()[1:], "--help"])
+    return set(HOLDS_FLAG.findall(capsys.readouterr().out))
+
+
+def there(command):
+    """Whether `firstsight VERB ...` is a command of this version."""
+    verb, *rest = command.split()[1:]
+    known = {"pretrain": methods.names(), "evaluate": getattr(cli, "READINGS", ["knn"])}
+    return verb in cli.VERBS and (not rest or rest[0] in known.get(verb, rest))
+
+
+def test_flags_of_coming_from_exist_and_what_is_not_yet_there_does_not(capsys, monkeypatch):
+    """In each row the second cell says flags of the command above it, or whole commands."""
+    monkeypatch.setenv("COLUMNS", "200")
+    checked = 0
+    for header, rows in tables(ROOT / "docs/coming_from.md"):
+        of_flags = header[1].startswith("`firstsight")
+        known = helped(header[1].strip("`"), capsys) if of_flags else set()
+        for row in rows:
+            spans = re.findall(r"`([^`]+)`", row[1])
+            commands = [span for span in spans if span.startswith("firstsight")]
+            flags = [flag for span in spans for flag in HOLDS_FLAG.findall(span)]
+            here = [there(command) for command in commands] + [flag in known for flag in flags]
+            checked += len(here)
+            if "not yet" in row[1]:
+                assert not any(here), f"no longer missing, say how it is done now: {row}"
+            else:
+                assert all(here), f"there is no such thing in {header[1]}: {row}"
+    assert checked > 100
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.fixture(scope="module")
+def with_hypersphere(tmp_path_factory):
+    """A copy of the package and its tests with the files of docs/new_method.md put in."""
+    tree = tmp_path_factory.mktemp("tree")
+    skipped = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "firstsight", tree / "firstsight", ignore=skipped)
+    shutil.copytree(ROOT / "tests", tree / "tests", ignore=skipped)
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    method, formula = blocks(ROOT / "docs/new_method.md", "python")
+    (tree / "firstsight/methods/hypersphere.py").write_text(method)
+    (tree / "tests/methods/test_hypersphere.py").write_text(formula)
+    return tree
+
+
+def python(tree, *args):
+    """Run `python ARGS` in the copied tree, whose package is found before any other."""
+    done = subprocess.run(
+        [sys.executable, *args], cwd=tree, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_method_is_one_file(with_hypersphere):
+    """Command, flags and help appear from it, and it trains."""
+    one, other = (w for w in commands(ROOT / "docs/new_method.md") if "hypersphere" in w)
+    listed = python(with_hypersphere, "-m", "firstsight", "pretrain")
+    assert re.search("^  hypersphere +Hypersphere: embeddings", listed, re.MULTILINE)
+    shown = " ".join(python(with_hypersphere, "-m", *one).replace("│", "").split())
+    assert "--method.uniformity" in shown and "nothing that keeps images apart" in shown
+    python(with_hypersphere, "-m", "firstsight", *small(arguments(other)), "--out", "run")
+    records = [json.loads(line) for line in (with_hypersphere / "run/log.jsonl").open()]
+    assert (
+        records[-1]["step"] == 10
+        and "uniformity: 0.5" in (with_hypersphere / "run/config.yaml").read_text()
+    )
+
+
+@pytest.mark.slow
+def test_a_new_method_takes_part_in_the_tests_of_all(with_hypersphere):
+    """Gradients, ranks, chunks, resume, and the page's own test of its formula."""
+    only = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "hypersphere")
+    said = python(with_hypersphere, *only, "tests/methods", "tests/test_architecture.py")
+    assert int(re.search(r"(\d+) passed", said)[1]) >= 10 and "failed" not in said
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """Its code cells in one namespace, with few images and epochs."""
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((ROOT / "docs/first_look.ipynb").read_text())
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    assert "IMAGES = " in cells[0] and "EPOCHS = " in cells[0]
+    cells[0] = re.sub(r"IMAGES = \d+", "IMAGES = 64", cells[0])
+    cells[0] = re.sub(r"EPOCHS = \d+", "EPOCHS = 1", cells[0])
+    names = {}
+    for cell in cells:
+        exec(compile(cell, "first_look.ipynb", "exec"), names)
+
+
+def test_the_notebook_keeps_no_large_outputs():
+    assert (ROOT / "docs/first_look.ipynb").stat().st_size < 20_000
