@@ -22,7 +22,7 @@ from firstsight.batch import Batch
 from firstsight.errors import UserError
 from firstsight.order import Epochs
 from firstsight.sources.base import Pixels, Source, UnreadableImage
-from firstsight.views import Views
+from firstsight.views import Interpolation, Views
 from firstsight.views.apply import apply, eval_view
 from firstsight.views.draw import draw
 
@@ -60,9 +60,11 @@ class Steps(Dataset[Any]):
         crops = np.empty((len(index), len(sizes), 4), np.float32)
         flips = np.empty((len(index), len(sizes)), bool)
         bad: list[str] = []
+        chosen = np.empty_like(index)  # other images where some cannot be decoded
         for start in range(0, len(index), _CHUNK):
             part = slice(start, start + _CHUNK)
-            images = [self.readable(int(i), bad) for i in index[part]]
+            found = [readable(self.source, int(i), self.seed, bad) for i in index[part]]
+            chosen[part], images = zip(*found, strict=True)
             shapes = np.array([(image.shape[1], image.shape[0]) for image in images])
             drawn = draw(
                 self.views, shapes, seed=self.seed, epoch=self.order.epoch(step), index=index[part]
@@ -79,22 +81,24 @@ class Steps(Dataset[Any]):
             crops=tuple(torch.from_numpy(crops[:, v].copy()) for v in range(len(sizes))),
             flips=tuple(torch.from_numpy(flips[:, v].copy()) for v in range(len(sizes))),
             index=torch.from_numpy(index.copy()),
-            label=None if labels is None else torch.from_numpy(labels[index]),
+            label=None if labels is None else torch.from_numpy(labels[chosen]),
             bad=tuple(bad),
         )
 
-    def readable(self, index: int, bad: list[str]) -> Pixels:
-        """Image `index`, or a replacement that is always the same one; bad names are added to."""
-        chosen = index
-        for attempt in range(_ATTEMPTS):
-            try:
-                return self.source.pixels(chosen)
-            except UnreadableImage:
-                bad.append(self.source.identity(chosen))
-                chosen = int(keyed.hashed(self.seed, index, attempt) % np.uint64(len(self.source)))
-        raise UserError(
-            f"{self.source.spec}: {_ATTEMPTS} images in turn cannot be decoded, {bad[0]} first"
-        )
+
+def readable(source: Source, index: int, seed: int, bad: list[str]) -> tuple[int, Pixels]:
+    """Image `index`, or a replacement that is always the same one, behind its position.
+
+    Names of images that cannot be decoded are added to `bad`.
+    """
+    chosen = index
+    for attempt in range(_ATTEMPTS):
+        try:
+            return chosen, source.pixels(chosen)
+        except UnreadableImage:
+            bad.append(source.identity(chosen))
+            chosen = int(keyed.hashed(seed, index, attempt) % np.uint64(len(source)))
+    raise UserError(f"{source.spec}: {_ATTEMPTS} images in turn cannot be decoded, {bad[0]} first")
 
 
 def _channels_first(picture: np.ndarray[Any, Any]) -> Tensor:
@@ -163,6 +167,7 @@ class Chunks(Dataset[Any]):
     index: np.ndarray[Any, np.dtype[np.int64]]
     size: int
     batch_size: int
+    interpolation: Interpolation = "bilinear"
 
     def __getitem__(self, chunk: int) -> tuple[Tensor, Tensor]:
         """(B', 3, size, size) uint8 and the positions (B',) of those images that could be read."""
@@ -170,7 +175,9 @@ class Chunks(Dataset[Any]):
         found, pictures = [], []
         for i in index:
             try:
-                pictures.append(eval_view(self.source.pixels(int(i)), self.size))
+                pictures.append(
+                    eval_view(self.source.pixels(int(i)), self.size, self.interpolation)
+                )
                 found.append(int(i))
             except UnreadableImage:
                 continue

@@ -66,6 +66,17 @@ def test_a_bad_file_is_named_and_replaced_by_always_the_same_one():
             assert same == (index not in (5, 17))  # all others are as if nothing had happened
 
 
+def test_the_label_is_that_of_the_image_that_is_seen():
+    bad = Patches(unreadable=tuple(range(10, 20)))
+    others = 0
+    for batch in steps_of(bad, 0, count=6):
+        for index, label in zip(batch.index.tolist(), batch.label.tolist(), strict=True):
+            found, _ = loader.readable(bad, index, 0, [])
+            assert label == bad.labels[found] and found not in bad.unreadable
+            others += label != bad.labels[index]
+    assert others
+
+
 def test_too_many_bad_files_stop_the_run_and_are_counted(tmp_path, capsys):
     with pytest.raises(UserError, match=r"1 images cannot be decoded, .*--max-bad allows 0"):
         train(tmp_path / "a", Patches(unreadable=(3, 4, 5)))
