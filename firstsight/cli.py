@@ -351,9 +351,9 @@ def _show_run(out: Path, target: str | None) -> None:
     for name, reading in summary.items():
         if isinstance(reading, dict) and "protocol" in reading:
             rows += [
-                [f"{name} {when}", f"{reading[when]:.1f} %"]
-                for when in reading
-                if when != "protocol"
+                [f"{name} {what}", f"{value:.1f} %" if isinstance(value, float) else f"{value}"]
+                for what, value in reading.items()
+                if what != "protocol"
             ]
     _table(f"{summary['method']}, {out}", ["", ""], rows)
     _write_json(target, summary)

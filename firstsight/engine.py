@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from firstsight import checkpoint, distributed, keyed, methods, optim
 from firstsight.errors import UserError
+from firstsight.features import Seen
 from firstsight.guards import (
     note_bad,
     refuse_nonfinite_loss,
@@ -26,7 +27,7 @@ from firstsight.loader import LAYOUTS, Steps, batches, on_device
 from firstsight.log import Log, Meter, say
 from firstsight.methods.base import Method
 from firstsight.order import Epochs
-from firstsight.probe import KnnProbe
+from firstsight.probe import KnnProbe, Online
 from firstsight.settings import Pretrain, plain
 from firstsight.sources.base import Source
 
@@ -34,14 +35,21 @@ SNAPSHOTS = 10
 """Backbones kept over a run, evenly spread."""
 
 
+class Trained(NamedTuple):
+    """What training came to."""
+
+    method: Method
+    done: int
+    """Steps done: fewer than wanted when a signal asked the run to stop; the same call goes on."""
+    wanted: int
+    seen: Seen | None
+    """The features of the last reading, where it was taken just now."""
+
+
 def pretrain(
     name: str, config: Pretrain, source: Source, probe: KnnProbe | None, out: Path
-) -> tuple[Method, int, int]:
-    """Train method `name` from where the run in `out` stands; config is resolved (no `auto`).
-
-    Returns the method, the steps done and the steps wanted: fewer are done when a signal asked the
-    run to stop, and the same call then goes on.
-    """
+) -> Trained:
+    """Train method `name` from where the run in `out` stands; config is resolved (no `auto`)."""
     device, layout = distributed.device(), LAYOUTS[config.layout]
     order = Epochs(len(source), config.batch_size, config.seed)
     steps = max(1, round(config.epochs * order.steps_per_epoch))
@@ -51,7 +59,10 @@ def pretrain(
     method.to(device, memory_format=layout)  # type: ignore[call-overload]
     groups = optim.groups(method, config.undecayed)
     optimizer = optim.build(config.optimizer, groups, config.weight_decay)
-    first, seconds, bad = resume(out, method, optimizer, source)
+    online = None
+    if probe and config.probe != "none":
+        online = Online(probe, config, source, method.backbone.width, device)
+    first, seconds, bad = resume(out, method, optimizer, online, source)
     model = parallel(method, device)  # DDP over several ranks, the method itself on one
     method.train()
 
@@ -67,12 +78,14 @@ def pretrain(
         world=distributed.world(),
     )
     stream = batches(maker, first, steps, config.workers)
-    if probe and first == 0:  # every rank takes its share of a reading
-        readings = {"knn": probe.read(method.backbone)}
-        readings["knn_quick"] = probe.read_quickly(method.backbone)
-        if log:
+    if online:
+        online.begin(first, steps)
+    if online and first == 0:  # every rank takes its share of a reading
+        readings = online.untrained(method.backbone)
+        if log and readings:
             log.write(0, {"epoch": 0.0, **readings})
 
+    seen: Seen | None = None
     new_bad: set[str] = set()
     waited = trained = 0.0  # seconds since the last line of the log
     images, done = 0, first
@@ -83,7 +96,7 @@ def pretrain(
             waited += time.perf_counter() - began
             done, progress = step + 1, step / steps
             logging = done % config.log_every == 0 or done == steps
-            reading = probe is not None and due(done, steps, config.probe_readings + 1)
+            reading = online is not None and due(done, steps, config.probe_readings + 1)
             stopping = (distributed.world() == 1 or logging) and distributed.anyone(stopped())
             saving = done % config.save_every == 0 or done == steps or stopping
             keeping = due(done, steps, SNAPSHOTS)
@@ -108,6 +121,8 @@ def pretrain(
             optimizer.step()
             optimizer.zero_grad()
             method.after_step(progress, lr)
+            if online:
+                online.learn(step, steps, method.backbone, output.features, batch.label)
             trained += time.perf_counter() - began
             images += config.batch_size
             new_bad |= set(batch.bad)
@@ -126,10 +141,11 @@ def pretrain(
                     **{key: distributed.mean(value) for key, value in output.scalars.items()},
                 }
                 seconds, waited, trained, images = seconds + trained, 0.0, 0.0, 0
-                if probe and reading and done < steps:
-                    figures["knn_quick"] = probe.read_quickly(method.backbone)
-                elif probe and done == steps:
-                    figures["knn"] = probe.read(method.backbone)
+                if online and done == steps:
+                    readings, seen = online.fully(method.backbone)
+                    figures |= readings
+                elif online and reading:
+                    figures |= online.quickly(method.backbone)
                 if log:
                     log.write(done, figures)
                     meter.show(done, told(figures))
@@ -142,6 +158,7 @@ def pretrain(
                 state |= {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
                 state |= {"source": fingerprint, "about": about(method, config)}
                 state |= {"name": name, "settings": plain(config)}
+                state |= {"probes": online.state_dict() if online else {}}
                 checkpoint.save(out / "checkpoints", done, state, config.keep)
             if stopping:
                 say("stopping; the same command goes on from there")
@@ -149,11 +166,15 @@ def pretrain(
     if log:
         log.close()
     distributed.barrier()
-    return method, done, steps
+    return Trained(method, done, steps, seen)
 
 
 def resume(
-    out: Path, method: Method, optimizer: torch.optim.Optimizer, source: Source
+    out: Path,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    online: Online | None,
+    source: Source,
 ) -> tuple[int, float, set[str]]:
     """Load the newest whole checkpoint: steps done, seconds trained, bad images (0, 0, none)."""
     state, damaged = checkpoint.newest(out / "checkpoints")
@@ -168,6 +189,8 @@ def resume(
         )
     checkpoint.load_state(method, state["method"], out / "checkpoints" / "last")
     optimizer.load_state_dict(state["optimizer"])
+    if online:
+        online.load_state_dict(state.get("probes", {}))
     return int(state["step"]), float(state["seconds"]), set(state["bad"])
 
 
@@ -209,4 +232,6 @@ def told(figures: dict[str, float]) -> str:
     text = f"loss {figures['loss']:.3f}, {figures['images_per_second']:.0f} images/s"
     text += f", waited {figures['data_wait']:.0%}"
     readings = [f"k-NN {v:.1f} %" for k, v in figures.items() if k.startswith("knn")]
+    if linear := [v for k, v in figures.items() if k.startswith("linear")]:
+        readings.append(f"linear up to {max(linear):.1f} %")
     return ", ".join([text, *readings])

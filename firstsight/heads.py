@@ -8,6 +8,8 @@ matrix product serves all.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,3 +88,43 @@ class Heads(nn.Module):
             {"top1": 100 * a, "top5": 100 * b, "loss": c}
             for a, b, c in zip(first, five, loss, strict=True)
         ]
+
+
+class Descent:
+    """SGD on heads, each with a learning rate and a weight decay of its own."""
+
+    def __init__(
+        self,
+        heads: Heads,
+        settings: Sequence[tuple[float, float]],
+        *,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+    ) -> None:
+        """`settings` are the (peak learning rate, weight decay) of each head."""
+        self.heads, self.peaks = heads, [lr for lr, _ in settings]
+        groups = [
+            {"params": list(head.parameters()), "weight_decay": decay}
+            for head, (_, decay) in zip(heads.heads, settings, strict=True)
+        ]
+        self.optimizer = torch.optim.SGD(
+            groups, lr=0.0, momentum=momentum, nesterov=nesterov, fused=True
+        )
+
+    def step(self, features: Tensor, labels: Tensor, factor: float) -> None:
+        """One step on features (B, C) and labels (B,), at `factor` of the peak learning rates."""
+        device = next(self.heads.parameters()).device
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        torch.autograd.backward(self.heads.loss(features.to(device), labels.to(device)))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later steps depend on."""
+        return {"heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.heads.load_state_dict(state["heads"])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from firstsight.views.draw import draw
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 """Names of memory orders of image tensors."""
+
+_Made = TypeVar("_Made")
 
 _ATTEMPTS = 50
 _CHUNK = 32
@@ -105,12 +107,51 @@ def _channels_first(picture: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(picture).permute(0, 3, 1, 2)  # channels-last in memory
 
 
+@dataclass(frozen=True, kw_only=True)
+class Labelled(Dataset[Any]):
+    """Number -> this rank's share of a batch of images as evaluation sees them, and their labels.
+
+    A pure function of (seed, number), as the batches of training are: a probe that trains on these
+    goes on where it stopped.
+    """
+
+    source: Source
+    size: int
+    order: Epochs
+    seed: int
+    rank: int
+    world: int
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor] | UserError:
+        """(B, 3, size, size) uint8 and (B,) labels; unreadable images are replaced."""
+        index = np.array_split(self.order.indices(number), self.world)[self.rank]
+        try:
+            found = [readable(self.source, int(i), self.seed, []) for i in index]
+        except UserError as error:  # raised again by the loader, as for `Steps`
+            return error
+        assert self.source.labels is not None
+        labels = self.source.labels[[position for position, _ in found]]
+        pictures = np.stack([eval_view(pixels, self.size) for _, pixels in found])
+        return _channels_first(pictures), torch.from_numpy(labels)
+
+
 def batches(steps: Steps, first: int, last: int, workers: int) -> Iterator[Batch]:
     """The batches of steps `first` to `last - 1`, made by `workers` processes (0: this one)."""
-    for batch in _loader(steps, range(first, last), workers):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    return _raised(_loader(steps, range(first, last), workers))
+
+
+def labelled(
+    images: Labelled, first: int, last: int, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches `first` to `last - 1` of labelled images; one process at most makes them."""
+    return _raised(_loader(images, range(first, last), min(workers, 1)))
+
+
+def _raised(made: Iterable[_Made | UserError]) -> Iterator[_Made]:
+    for one in made:
+        if isinstance(one, UserError):
+            raise one
+        yield one
 
 
 def _loader(dataset: Dataset[Any], sampler: range, workers: int) -> DataLoader[Any]:

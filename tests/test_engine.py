@@ -149,8 +149,8 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, capsys):
     train(tmp_path, keep=3)
     newest = (tmp_path / "checkpoints" / "last").resolve()
     newest.write_bytes(newest.read_bytes()[:5000])
-    _, done, steps = train(tmp_path, keep=3)
-    assert done == steps == 12
+    trained = train(tmp_path, keep=3)
+    assert trained.done == trained.wanted == 12
     assert "is not a readable checkpoint" in capsys.readouterr().err
 
 
@@ -340,6 +340,7 @@ def _rank_of_a_run(rank, port, folder):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     values = {"probe_test": "scenes:test@20", "precision": "auto", "probe_readings": 1}
+    values |= {"probe": "both", "probe_train": "scenes:train@21", "probe_every": 3}
     run.pretrain("mocov2", config("mocov2", folder, data="scenes:train@32", **values))
 
 
@@ -358,6 +359,7 @@ def test_two_ranks_walk_the_whole_road(tmp_path):
         assert process.exitcode == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 8 and summary["knn"]["trained"] is not None
+    assert {"linear", "linear_online"} <= summary.keys()
     assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == list(range(9))
 
 

@@ -20,7 +20,6 @@ from firstsight.evaluate.linear import (
     Protocol,
     best_of,
     cached,
-    class_count,
     held_out,
     overridden,
     prepared,
@@ -30,6 +29,7 @@ from firstsight.evaluate.linear import (
 from firstsight.features import Seen
 from firstsight.heads import Heads
 from firstsight.metrics import places
+from firstsight.sources.base import class_count
 from tests.tiny import NETWORK, Patches
 
 
@@ -362,10 +362,10 @@ def test_classes_that_differ_are_named_or_matched(tmp_path):
 
 def test_one_class_alone_is_refused():
     lone = Patches(9)
-    assert class_count(lone, "--train") == 3
+    assert class_count(lone) == 3
     lone.labels = np.full(9, 2)
-    with pytest.raises(UserError, match=r"--train patches has images of one class only"):
-        class_count(lone, "--train")
+    with pytest.raises(UserError, match="patches has images of one class only"):
+        class_count(lone)
 
 
 def _rank(rank, port, folder):

@@ -29,13 +29,13 @@ from firstsight import checkpoint, distributed, keyed, optim
 from firstsight.backbones import Backbone
 from firstsight.errors import UserError, require_positive, require_share, unknown
 from firstsight.features import Reader, Seen, extract, pooled
-from firstsight.heads import Heads
+from firstsight.heads import Descent, Heads
 from firstsight.loader import Steps, batches
 from firstsight.log import Meter, say
 from firstsight.order import Epochs
 from firstsight.settings import plain
 from firstsight.sources import open_source
-from firstsight.sources.base import Source, common_labels
+from firstsight.sources.base import Source, class_count, common_labels
 from firstsight.views import Interpolation, Views
 
 Representation = Literal["original", "norm", "standard"]
@@ -233,7 +233,7 @@ def linear(
     backbone.to(where)
     source, asked = open_source(train), open_source(test)
     labels, asked_labels = common_labels(source, asked, "--train", "--test")
-    classes = class_count(source, "--train")
+    classes = class_count(source)
     with untouched(backbone):
         queries = extract(backbone, asked, reader)
         test_rows = queries.values, queries.labels(asked_labels)
@@ -280,16 +280,6 @@ def stated(name: str, how: Protocol) -> dict[str, Any]:
     left_out |= set() if how.augment else {"min_scale"}
     numbers = {key: value for key, value in plain(how).items() if key not in left_out}
     return {"name": name, **numbers, "lr": list(how.peaks), "optimizer": "sgd", "layer": "backbone"}
-
-
-def class_count(source: Source, flag: str) -> int:
-    """K, the classes of a labelled source; one alone is refused."""
-    assert source.labels is not None
-    if len(np.unique(source.labels)) < 2:
-        raise UserError(
-            f"{flag} {source.spec} has images of one class only; give it two classes or more"
-        )
-    return max(len(source.classes), int(source.labels.max()) + 1)
 
 
 @contextmanager
@@ -467,32 +457,15 @@ def trained(
 
     `rows` gives the features (B, C) and labels (B,) of each step.
     """
-    device = next(heads.parameters()).device
-    optimizer = _optimizer(heads, settings, how)
+    descent = Descent(heads, settings, momentum=how.momentum, nesterov=how.nesterov)
     with Meter(f"linear, {what}", 0, how.epochs) as meter:
         for step in range(how.epochs * steps_an_epoch):
-            factor = how.rate(step, steps_an_epoch)
-            for group, (peak, _) in zip(optimizer.param_groups, settings, strict=True):
-                group["lr"] = peak * factor
             features, labels = next(rows)
-            torch.autograd.backward(heads.loss(features.to(device), labels.to(device)))
-            optimizer.step()
-            optimizer.zero_grad()
+            descent.step(features, labels, how.rate(step, steps_an_epoch))
             if (step + 1) % steps_an_epoch == 0:
                 epoch = (step + 1) // steps_an_epoch
                 meter.show(epoch)
                 yield epoch
-
-
-def _optimizer(
-    heads: Heads, settings: list[tuple[float, float]], how: Protocol
-) -> torch.optim.Optimizer:
-    """One group for each head; its learning rate is set anew at every step."""
-    groups = [
-        {"params": list(head.parameters()), "weight_decay": decay}
-        for head, (_, decay) in zip(heads.heads, settings, strict=True)
-    ]
-    return torch.optim.SGD(groups, lr=0.0, momentum=how.momentum, nesterov=how.nesterov, fused=True)
 
 
 def read(
