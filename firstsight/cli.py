@@ -103,25 +103,108 @@ class Knn(Common):
             raise UserError("--size, --train-images and --workers must not be below 0")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear(Common):
+    """A linear classifier on the frozen backbone; what is not given is as the protocol says."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """CHECKPOINT: a run folder, a file of ours, random:NAME, torchvision:NAME, timm:NAME."""
+    train: str
+    """Labelled SOURCE to train the classifier on."""
+    test: str
+    """Labelled SOURCE to classify."""
+    protocol: Literal["cached", "moco", "pic", "byol", "scrl", "swav", "dino"] = "cached"
+    """Where all numbers start. cached: on features extracted once, the best of 12 settings by a
+    held-out tenth of --train. The others: as published, on random crops; slow, as they decode and
+    encode each image in every epoch."""
+    epochs: int | None = None
+    """Passes over the training images; warm-up and drops scale along."""
+    lr: tuple[float, ...] = ()
+    """Peak learning rate, absolute; several (with cached) are compared."""
+    base_lr: float | None = None
+    """Peak learning rate per 256 images of a batch, in place of --lr."""
+    weight_decay: tuple[float, ...] = ()
+    """Weight decay; several (with cached) are compared."""
+    momentum: float | None = None
+    """Momentum of SGD."""
+    nesterov: bool | None = None
+    """Nesterov's momentum."""
+    batch_size: int | None = None
+    """Images a step, over all ranks."""
+    warmup_epochs: float | None = None
+    """Epochs in which the learning rate rises from zero."""
+    schedule: Literal["cosine", "step"] | None = None
+    """Half a cosine to zero, or times 0.1 at each drop."""
+    drops: tuple[float, ...] = ()
+    """Where the step schedule drops, as shares of the epochs."""
+    once_an_epoch: bool | None = None
+    """The learning rate changes between epochs only."""
+    init_std: float | None = None
+    """Standard deviation of the first weights; 0: as torch draws a linear layer."""
+    representation: Literal["original", "norm", "standard"] | None = None
+    """Features as they are, of unit length, or each of mean 0 and deviation 1."""
+    min_scale: float | None = None
+    """Smallest random crop, share of the image area."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """Filter of the resize."""
+    size: int = 0
+    """Side of the images, pixels; 0: as pretrained."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the backbone."""
+    workers: int = 0
+    """Processes that decode; 0: this one."""
+
+    def __post_init__(self) -> None:
+        if min(self.size, self.workers) < 0:
+            raise UserError("--size and --workers must not be below 0")
+
+
 def evaluate(args: list[str]) -> None:
-    """Judge a backbone: firstsight evaluate knn CHECKPOINT --train SOURCE --test SOURCE."""
+    """Judge a backbone: firstsight evaluate knn|linear CHECKPOINT --train SOURCE --test SOURCE."""
     if not args or args[0] in ("-h", "--help"):
-        print("usage: firstsight evaluate knn CHECKPOINT --train SOURCE --test SOURCE [OPTIONS]")
+        readings = "|".join(READINGS)
+        print(f"usage: firstsight evaluate {readings} CHECKPOINT --train SOURCE --test SOURCE ...")
         return
-    if args[0] != "knn":
-        raise unknown("reading", args[0], ["knn"])
-    target, args = _taken(args[1:], "--json")
-    options = _parsed(Knn, args, "evaluate knn")
+    if args[0] not in READINGS:
+        raise unknown("reading", args[0], READINGS)
+    target, args_left = _taken(args[1:], "--json")
+    READINGS[args[0]](args_left, target)
+
+
+def evaluate_knn(args: list[str], target: str | None) -> None:
+    """Accuracy of k-nearest neighbours."""
+    asked = settings.shallow(_parsed(Knn, args, "evaluate knn"))
 
     from firstsight.evaluate import knn
 
-    asked = settings.shallow(options)
     result = knn(asked.pop("checkpoint"), **asked)
     rows = [
         [k, f"{figures['top1']:.2f}", f"{figures['top5']:.2f}"]
         for k, figures in result["k"].items()
     ]
     _show("k-NN accuracy, percent", ["k", "top-1", "top-5"], rows, result, target)
+
+
+def evaluate_linear(args: list[str], target: str | None) -> None:
+    """Accuracy of a linear classifier on frozen features."""
+    asked = settings.shallow(_parsed(Linear, args, "evaluate linear"))
+
+    from firstsight.evaluate import linear
+
+    result = linear(asked.pop("checkpoint"), **asked)
+    rows = [["last epoch", f"{result['top1']:.2f}", f"{result['top5']:.2f}"]]
+    best = f"epoch {result['best_epoch']}, the best on the test images"
+    rows.append([best, f"{result['best_top1']:.2f}", ""])
+    if "chosen" in result:
+        lr, decay = result["chosen"]["lr"], result["chosen"]["weight_decay"]
+        rows.append([f"learning rate {lr:g}, weight decay {decay:g}: chosen held out", "", ""])
+    _show("linear accuracy, percent", ["", "top-1", "top-5"], rows, result, target)
+
+
+READINGS: dict[str, Callable[[list[str], str | None], None]] = {
+    "knn": evaluate_knn,
+    "linear": evaluate_linear,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -290,9 +373,9 @@ def _show_run(out: Path, target: str | None) -> None:
     for name, reading in summary.items():
         if isinstance(reading, dict) and "protocol" in reading:
             rows += [
-                [f"{name} {when}", f"{reading[when]:.1f} %"]
-                for when in reading
-                if when != "protocol"
+                [f"{name} {what}", f"{value:.1f} %" if isinstance(value, float) else f"{value}"]
+                for what, value in reading.items()
+                if what != "protocol"
             ]
     _table(f"{summary['method']}, {out}", ["", ""], rows)
     _write_json(target, summary)

@@ -84,6 +84,8 @@ def told(figures: dict[str, float]) -> str:
     text = f"loss {figures['loss']:.3f}, {figures['images_per_second']:.0f} images/s"
     text += f", waited {figures['data_wait']:.0%}"
     readings = [f"k-NN {v:.1f} %" for k, v in figures.items() if k.startswith("knn")]
+    if linear := [v for k, v in figures.items() if k.startswith("linear")]:
+        readings.append(f"linear up to {max(linear):.1f} %")
     return ", ".join([text, *readings])
 
 

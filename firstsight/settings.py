@@ -130,17 +130,25 @@ class Pretrain:
     method: Any = field(default_factory=NoSettings)
     """The method's own settings."""
     probe_train: str = ""
-    """Labelled SOURCE for k-NN readings: the bank. Empty: the labels of --data, if it has any."""
+    """Labelled SOURCE for readings to learn from. Empty: the labels of --data, if it has any."""
     probe_test: str = ""
-    """Labelled SOURCE for k-NN readings: what is classified."""
+    """Labelled SOURCE for readings: what is classified."""
     probe_readings: int = 5
-    """k-NN readings during the run, evenly spread; before and after come on top."""
+    """Readings during the run, evenly spread; before and after come on top."""
     probe_images: int = 4000
     """Images of the bank (half as many queries) in readings during the run; the last uses all."""
     probe_k: int = 20
     """Neighbours that vote."""
     probe_temperature: float = 0.07
     """Temperature of the votes."""
+    probe: Literal["knn", "linear", "both", "none"] = "knn"
+    """What is read on the way, where there are labels: k-NN, linear probes that train along."""
+    probe_lrs: tuple[float, ...] = (0.01, 0.1, 1.0)
+    """Peak learning rates of the linear probes: one probe for each, all at once."""
+    probe_every: int = 20
+    """Steps between batches of --probe-train for linear probes; labels of --data: every step."""
+    linear: bool = True
+    """Train a linear classifier on frozen features after the run, where there are labels."""
     max_bad: float = 0.01
     """Share of undecodable images above which the run refuses to go on."""
     save_every: int = 500
@@ -162,6 +170,9 @@ class Pretrain:
         require_positive("--", self, "size", "epochs", "save_every", "log_every", "keep")
         require_positive("--", self, "accumulate")
         require_positive("--", self, "base_lr", "probe_k", "probe_temperature", "probe_images")
+        require_positive("--", self, "probe_every")
+        if not self.probe_lrs or not all(0 < lr < math.inf for lr in self.probe_lrs):
+            raise UserError(f"--probe-lrs takes numbers above 0, not {self.probe_lrs}")
         require_share("--", self, "max_bad", "lr_start", "lr_end")
         counts = ("threads", "probe_readings", "seed")
         for name in ("weight_decay", "warmup_epochs", "clip_norm", "clip_param", *counts):

@@ -24,7 +24,8 @@ def failing(capsys, *args):
 def test_help_and_flags_come_without_torch():
     script = (
         "import sys\nfrom firstsight import cli\n"
-        "for line in '', 'pretrain', 'pretrain mocov2 --help', 'evaluate knn -h':\n"
+        "for line in ('', 'pretrain', 'pretrain mocov2 --help', 'evaluate', 'evaluate knn -h',\n"
+        "             'evaluate linear -h'):\n"
         "    try:\n        cli.main(line.split())\n    except SystemExit as error:\n"
         "        assert not error.code\n"
         "assert 'torch' not in sys.modules, 'torch'\nassert 'cv2' not in sys.modules, 'cv2'\n"
@@ -90,11 +91,12 @@ def test_a_resolved_config_replays_itself(tmp_path):
         assert settings.merged(start, values, "replay") == changed
 
 
-def test_options_of_a_command_are_the_parameters_of_its_function():
-    from firstsight.evaluate import knn
+@pytest.mark.parametrize(("options", "name"), [(cli.Knn, "knn"), (cli.Linear, "linear")])
+def test_options_of_a_command_are_the_parameters_of_its_function(options, name):
+    from firstsight import evaluate
 
-    parameters = inspect.signature(knn).parameters
-    for field in dataclasses.fields(cli.Knn):
+    parameters = inspect.signature(getattr(evaluate, name)).parameters
+    for field in dataclasses.fields(options):
         if field.name == "checkpoint":
             continue
         default = parameters[field.name].default
@@ -102,7 +104,7 @@ def test_options_of_a_command_are_the_parameters_of_its_function():
             assert default is inspect.Parameter.empty
         else:
             assert default == field.default
-    assert len(parameters) == len(dataclasses.fields(cli.Knn))
+    assert len(parameters) == len(dataclasses.fields(options))
 
 
 def test_bad_sources_are_one_sentence(tmp_path, capsys):
@@ -157,6 +159,14 @@ def test_knn_writes_what_it_prints(tmp_path, capsys):
     assert result["images"] == {"train": 60, "test": 30}
     assert result["protocol"]["temperature"] == 0.07 and "versions" in result["protocol"]
     assert f"{result['k']['5']['top1']:.2f}" in capsys.readouterr().out
+
+
+def test_protocols_offered_are_those_there_are():
+    from typing import get_args, get_type_hints
+
+    from firstsight.evaluate.linear import PROTOCOLS
+
+    assert set(get_args(get_type_hints(cli.Linear)["protocol"])) == PROTOCOLS.keys()
 
 
 def test_the_same_from_python():

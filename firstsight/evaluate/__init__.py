@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from firstsight.evaluate.knn import knn
+from firstsight.evaluate.linear import linear
 
-__all__ = ["knn"]
+__all__ = ["knn", "linear"]

@@ -18,7 +18,7 @@ from firstsight.metrics import Metric, Weighting, knn_accuracy
 from firstsight.settings import Pretrain, merged, read_yaml
 from firstsight.sources import open_source
 from firstsight.sources.base import common_labels
-from firstsight.views import IMAGENET_MEAN, IMAGENET_STD, Views
+from firstsight.views import Views
 
 
 def knn(
@@ -48,14 +48,7 @@ def knn(
     began = time.perf_counter()
     where = distributed.start(device, threads)
     backbone, about = _network(checkpoint_spec, layer)
-    reader = Reader(
-        size=size or int(about.get("size", 224)),
-        mean=tuple(about.get("mean", IMAGENET_MEAN)),
-        std=tuple(about.get("std", IMAGENET_STD)),
-        precision=precision,
-        batch_size=batch_size,
-        workers=workers,
-    )
+    reader = Reader.like(about, size, precision=precision, batch_size=batch_size, workers=workers)
     backbone.to(where)
     source, asked = open_source(train), open_source(test)
     labels, asked_labels = common_labels(source, asked, "--train", "--test")
