@@ -113,7 +113,7 @@ def photographs(path, labelled):
 def small(args):
     """The arguments of a command, made small by the rule above."""
     args = [re.sub(r"^(scenes:\w+)(@\d+)?$", rf"\1@{SCENES}", word) for word in args]
-    if "--epochs" in args:
+    if args[0] == "pretrain" and "--epochs" in args:
         at = args.index("--epochs") + 1
         args[at] = str(min(float(args[at]), MOST_EPOCHS))
     elif args[0] == "pretrain" and len(args) > 1:
