@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from firstsight import methods, settings
+from firstsight import methods, recipes, settings
 from firstsight.errors import UserError, require_positive, unknown
 from firstsight.log import is_first
 
@@ -35,8 +35,9 @@ def pretrain(args: list[str]) -> None:
     values, args = _config_file(args)
     if values.pop("name", name) != name:
         raise UserError(f"--config holds settings of another method than {name}")
-    early = {key: _peeked(args, f"--{key}") for key in ("size", "epochs", "preset")}
+    early = {key: _peeked(args, f"--{key}") for key in ("size", "epochs", "preset", "recipe")}
     values |= {key: value for key, value in early.items() if value is not None}
+    values = recipes.beneath(name, values)
     start = settings.begun(defaults, own, values, "--config or flags")
     config = _flagged(settings.Pretrain, args, f"pretrain {name}", summary, start)
     if not config.data:
@@ -48,6 +49,21 @@ def pretrain(args: list[str]) -> None:
         _show_dry_run(run.dry_run(name, config), target)
     else:
         _show_run(run.pretrain(name, config), target)
+
+
+def show_recipes(args: list[str]) -> None:
+    """Published settings for pretrain --recipe: firstsight recipes, or firstsight recipes NAME."""
+    if args[:1] in (["-h"], ["--help"]):
+        print("usage: firstsight recipes [NAME] [--json FILE]")
+        return
+    target, args = _taken(args, "--json")
+    shown = [recipes.read(name) for name in args or recipes.names()]
+    if args:
+        print("\n".join(recipe.text for recipe in shown), end="")
+    else:
+        rows = [[r.name, r.method, r.summary, r.story["paper"]] for r in shown]
+        _table("pretrain METHOD --recipe NAME", ["name", "method", "what", "paper"], rows, "left")
+    _write_json(target, {r.name: {"method": r.method, **r.story, **r.values} for r in shown})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,6 +182,7 @@ def demo(args: list[str]) -> None:
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
     "pretrain": pretrain,
+    "recipes": show_recipes,
     "evaluate": evaluate,
     "report": report,
 }
@@ -329,10 +346,15 @@ def _show(
     _write_json(target, result)
 
 
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+def _table(
+    title: str,
+    columns: list[str],
+    rows: list[list[str]],
+    justify: Literal["left", "right"] = "right",
+) -> None:
     table = Table(title=title, title_justify="left", show_header=any(columns))
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify=justify)
     for row in rows:
         table.add_row(*row)
     Console().print(table)

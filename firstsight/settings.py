@@ -1,7 +1,7 @@
 """Everything that a pretraining run can be told, and how it is read from YAML and flags.
 
 Nothing here imports torch: the command line must answer `--help` at once. Precedence, complete:
-class default < the method's paper defaults < `--config FILE` < flag.
+class default < the method's paper defaults < `--recipe` < `--config FILE` < flag.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SMALL = 64
 Kind = Literal["norm", "bias", "vector"]
 """Parameters that decay and LARS may treat apart: those of norm layers, biases of other layers,
 all others of one dimension (or none)."""
-Lars = Literal["larc", "barlow", "byol", "simclr", "pixpro", "scrl", "scrl-published"]
+Lars = Literal["larc", "barlow", "byol", "simclr", "pixpro", "scrl", "scrl-published", "solo"]
 """Names of the variants of LARS."""
 
 
@@ -65,6 +65,8 @@ class Pretrain:
     """SOURCE of the images: a folder, a .zip, scenes:train, ... Labels are not used."""
     out: str = ""
     """Folder of the run; an unfinished run found there goes on. Empty: runs/METHOD-NNN."""
+    recipe: str = ""
+    """Published settings to start from, by name; firstsight recipes lists them."""
     backbone: str = "resnet50"
     """Network: resnet18 to resnet152, or timm:NAME."""
     stem: Literal["standard", "small"] = "standard"
@@ -190,7 +192,7 @@ class Pretrain:
 
 
 UNBOUND = (
-    *("out", "device", "threads", "workers", "max_bad", "dry_run"),
+    *("out", "recipe", "device", "threads", "workers", "max_bad", "dry_run"),
     *("log_every", "save_every", "keep"),
 )
 """Settings that may differ when a run goes on: they do not change what is computed."""
