@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -141,6 +140,41 @@ def evaluate(args: list[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SortImagenetVal:
+    """Sort ILSVRC's validation images into folders of their classes; goes on where it stopped."""
+
+    images: tyro.conf.Positional[str]
+    """Folder of ILSVRC2012_val_*.JPEG."""
+    truth: str
+    """CSV of image and class, or the development kit's text of class numbers."""
+    out: str
+    """Folder for the folders of classes; ROOT/val makes imagenet:val@ROOT a source."""
+    classes: str = ""
+    """For a truth of numbers: a text whose line k begins with the name of class k."""
+    by: Literal["link", "copy", "move"] = "link"
+    """What is put there: links to the images, copies, or the images themselves."""
+
+
+def data(args: list[str]) -> None:
+    """Lay images out: firstsight data sort-imagenet-val IMAGES --truth FILE --out FOLDER."""
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: firstsight data sort-imagenet-val IMAGES --truth FILE --out FOLDER [OPTIONS]")
+        return
+    if args[0] != "sort-imagenet-val":
+        raise unknown("work on data", args[0], ["sort-imagenet-val"])
+    target, args = _taken(args[1:], "--json")
+    options = _parsed(SortImagenetVal, args, "data sort-imagenet-val")
+
+    from firstsight.data import sort_imagenet_val
+
+    asked = settings.shallow(options)
+    result = sort_imagenet_val(asked.pop("images"), **asked)
+    rows = [[key, str(result[key])] for key in ("images", "classes", "placed")]
+    _table(f"{result['out']}, by {result['by']}", ["", ""], rows)
+    _write_json(target, result)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
     """One self-contained page about runs."""
 
@@ -254,13 +288,21 @@ def _dotted(arg: str) -> str:
 
 
 def _switched(args: list[str], options: Any) -> list[str]:
-    """A switch without a value is on: `--dry-run` is `--dry-run True`."""
-    switches, spelt = set(_switches(options, "--")), []
-    for arg, after in itertools.zip_longest(args, args[1:]):
-        spelt.append(arg)
-        if arg.replace("_", "-") in switches and after not in ("True", "False"):
-            spelt.append("True")
-    return spelt
+    """Switches told True or False: `--dry-run` alone is on, yes, no, t, f, 1, 0 are understood."""
+    switches, spelt, waiting = set(_switches(options, "--")), [], False
+    for arg in [*args, ""]:
+        told = settings.truth(arg)
+        if waiting:
+            spelt.append(str(told is not False))
+        if not waiting or told is None:
+            name, equals, value = arg.partition("=")
+            is_switch = name.replace("_", "-") in switches
+            told = settings.truth(value) if is_switch and equals else None
+            spelt.append(arg if told is None else f"{name}={told}")
+            waiting = is_switch and not equals
+        else:
+            waiting = False
+    return spelt[:-1]
 
 
 def _switches(options: Any, prefix: str) -> Iterator[str]:

@@ -281,6 +281,8 @@ def _read(value: Any, kind: Any, where: str) -> Any:
         kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
         if len(kinds) == len(value):
             return tuple(_read(v, k, where) for v, k in zip(value, kinds, strict=True))
+    elif kind is bool and (told := truth(value)) is not None:
+        return told
     elif kind is float and not isinstance(value, bool):
         try:
             return float(value)
@@ -294,6 +296,14 @@ def _read(value: Any, kind: Any, where: str) -> Any:
     elif isinstance(value, kind) and (kind is not int or not isinstance(value, bool)):
         return value
     raise UserError(f"{where}: {value!r} is not {getattr(kind, '__name__', kind)}")
+
+
+def truth(value: Any) -> bool | None:
+    """What a switch is told: yes, true, t, y, 1 or their opposites in any case; None: neither."""
+    word = str(value).lower()
+    if word in ("yes", "true", "t", "y", "1"):
+        return True
+    return False if word in ("no", "false", "f", "n", "0") else None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -79,6 +79,39 @@ def test_a_config_file_gives_way_to_flags_and_refuses_what_it_does_not_know(tmp_
     assert "not plain YAML" in failing(capsys, "pretrain", "mocov2", "--config", str(file))
 
 
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [(w, True) for w in ("yes", "Yes", "true", "TRUE", "t", "Y", "1", True)]
+    + [(w, False) for w in ("no", "NO", "false", "False", "F", "n", "0", False)],
+)
+def test_switches_are_told_in_any_spelling(word, meant):
+    start = settings.Pretrain(data="x")
+    assert settings.merged(start, {"compile": word}, "c.yaml").compile is meant
+    for args in (
+        ["--compile", str(word)],
+        [f"--compile={word}"],
+        ["--compile", str(word), "--seed", "1"],
+    ):
+        assert cli._flagged(settings.Pretrain, args, "pretrain", "", start).compile is meant
+
+
+def test_a_switch_alone_is_on_and_eats_nothing():
+    start = settings.Pretrain(data="x")
+    for args in (["--compile"], ["--compile", "--dry-run", "no", "--epochs", "1"]):
+        parsed = cli._flagged(settings.Pretrain, args, "pretrain", "", start)
+        assert parsed.compile and not parsed.dry_run
+    assert parsed.epochs == 1.0
+    with pytest.raises(UserError, match="'maybe' is not bool"):
+        settings.merged(start, {"compile": "maybe"}, "c.yaml")
+
+
+def test_a_slash_is_a_dot_in_flags():
+    start = settings.Pretrain(data="x")
+    for args in (["--views/gray", "0.1"], ["--views/gray=0.1"], ["--views.gray", "1e-1"]):
+        assert cli._flagged(settings.Pretrain, args, "pretrain", "", start).views.gray == 0.1
+    assert cli._flagged(settings.Pretrain, ["--data=a/b"], "", "", start).data == "a/b"
+
+
 def test_a_resolved_config_replays_itself(tmp_path):
     from firstsight import methods
 

@@ -107,6 +107,7 @@ def test_every_variant_is_its_plain_loop(variant):
         (zero, [zero] * 5),
         (waves((5,), 0.2) * 1e-9, [waves((5,), phase) * 1e-9 for phase in (1, 2, 3, 4, 5)]),
         (waves((4,), 0.3), [waves((4,), phase) for phase in (1, 2, 3, 4, 5)]),
+        (some, [some * 1e-3] * 5),  # so short a gradient that a ratio may have to be cut
     ]
     excluded = () if variant == "larc" else (5,)
     got = stepped(variant, rates, weights, decay=0.1, excluded=excluded)
