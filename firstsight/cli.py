@@ -107,6 +107,8 @@ class Knn(Common):
     """Images per forward pass."""
     workers: int = 0
     """Processes that decode; 0: this one."""
+    download: bool = False
+    """Fetch cifar10:train, cifar100:..., stl10:... where their files are missing."""
 
     def __post_init__(self) -> None:
         if tyro.MISSING in (self.checkpoint, self.train, self.test):
@@ -255,7 +257,9 @@ def _overview() -> str:
         "Learn an image backbone from photographs without labels, and say how good it is.\n\n"
         "commands:\n" + "\n".join(lines) + "\n\n"
         "SOURCE is a folder of images (with or without class folders), a .zip of one,\n"
-        "scenes:train or scenes:test. firstsight COMMAND --help lists all options."
+        "scenes:train, scenes:test, or a set that torchvision knows: cifar10:train,\n"
+        "cifar100:test, stl10:unlabeled, imagenet:train@ROOT.\n"
+        "firstsight COMMAND --help lists all options."
     )
 
 

@@ -39,7 +39,7 @@ from firstsight.settings import (
     read_yaml,
     write_yaml,
 )
-from firstsight.sources import open_source
+from firstsight.sources import fetch, open_source
 from firstsight.sources.base import Source
 
 
@@ -99,6 +99,9 @@ def dry_run(name: str, config: Pretrain) -> dict[str, Any]:
 def _opened(config: Pretrain) -> tuple[Pretrain, Source]:
     """The source, and all refused that can be before anything is written."""
     distributed.start(config.device, config.threads)
+    require(config.loggers)
+    if config.download:
+        fetch(config.data, config.probe_train, config.probe_test)
     source = open_source(config.data)
     config = dataclasses.replace(config, workers=_workers(config))
     _refuse_unequal_shares(config)

@@ -65,6 +65,8 @@ class Pretrain:
     """SOURCE of the images: a folder, a .zip, scenes:train, ... Labels are not used."""
     out: str = ""
     """Folder of the run; an unfinished run found there goes on. Empty: runs/METHOD-NNN."""
+    download: bool = False
+    """Fetch cifar10:train, cifar100:..., stl10:... where their files are missing."""
     recipe: str = ""
     """Published settings to start from, by name; firstsight recipes lists them."""
     backbone: str = "resnet50"
@@ -192,8 +194,8 @@ class Pretrain:
 
 
 UNBOUND = (
-    *("out", "recipe", "device", "threads", "workers", "max_bad", "dry_run"),
-    *("log_every", "save_every", "keep"),
+    *("out", "recipe", "download", "device", "threads", "workers", "max_bad", "dry_run"),
+    *("log_every", "loggers", "save_every", "keep"),
 )
 """Settings that may differ when a run goes on: they do not change what is computed."""
 
