@@ -220,6 +220,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "pretrain": pretrain,
     "recipes": show_recipes,
     "evaluate": evaluate,
+    "data": data,
     "report": report,
 }
 
