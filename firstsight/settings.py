@@ -153,6 +153,8 @@ class Pretrain:
     """Checkpoints kept; older ones are removed."""
     log_every: int = 10
     """Steps between lines of log.jsonl."""
+    loggers: tuple[Literal["jsonl", "tensorboard", "csv", "wandb"], ...] = ("jsonl", "tensorboard")
+    """Where figures go; log.jsonl is written in any case."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train."""
     threads: int = 0
