@@ -57,11 +57,9 @@ def show_recipes(args: list[str]) -> None:
         return
     target, args = _taken(args, "--json")
     shown = [recipes.read(name) for name in args or recipes.names()]
-    if args:
-        print("\n".join(recipe.text for recipe in shown), end="")
-    else:
-        rows = [[r.name, r.method, r.summary, r.story["paper"]] for r in shown]
-        _table("pretrain METHOD --recipe NAME", ["name", "method", "what", "paper"], rows, "left")
+    for recipe in shown:
+        about = f"{recipe.name:<25} {recipe.summary}\n{recipe.method:>24}  {recipe.story['paper']}"
+        print(recipe.text if args else about)
     _write_json(target, {r.name: {"method": r.method, **r.story, **r.values} for r in shown})
 
 
@@ -79,7 +77,7 @@ class Common:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Knn(Common):
-    """k-nearest neighbours, every k in one pass."""
+    """k-nearest neighbours, every k in one pass; --snapshots reads every snapshot of a run."""
 
     checkpoint: tyro.conf.Positional[str]
     """CHECKPOINT: a run folder, a file of ours, random:NAME, torchvision:NAME, timm:NAME."""
@@ -128,12 +126,19 @@ def evaluate(args: list[str]) -> None:
     if args[0] != "knn":
         raise unknown("reading", args[0], ["knn"])
     target, args = _taken(args[1:], "--json")
+    over_run, args = "--snapshots" in args, [arg for arg in args if arg != "--snapshots"]
     options = _parsed(Knn, args, "evaluate knn")
 
-    from firstsight.evaluate import knn
+    from firstsight.evaluate import knn, over_snapshots
 
     asked = settings.shallow(options)
-    result = knn(asked.pop("checkpoint"), **asked)
+    spec = asked.pop("checkpoint")
+    if over_run:
+        results = over_snapshots(spec, "knn", lambda snapshot: knn(snapshot, **asked))
+        steps = [[str(one["step"]), f"{one['top1']:.2f}"] for one in results]
+        _table("k-NN accuracy over the run, percent, best k", ["step", "top-1"], steps)
+        return _write_json(target, results)
+    result = knn(spec, **asked)
     rows = [
         [k, f"{figures['top1']:.2f}", f"{figures['top5']:.2f}"]
         for k, figures in result["k"].items()
@@ -393,21 +398,16 @@ def _show(
     _write_json(target, result)
 
 
-def _table(
-    title: str,
-    columns: list[str],
-    rows: list[list[str]],
-    justify: Literal["left", "right"] = "right",
-) -> None:
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     table = Table(title=title, title_justify="left", show_header=any(columns))
     for column in columns:
-        table.add_column(column, justify=justify)
+        table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
 
 
-def _write_json(target: str | None, result: dict[str, Any]) -> None:
+def _write_json(target: str | None, result: dict[str, Any] | list[dict[str, Any]]) -> None:
     if target is not None:
         try:
             Path(target).write_text(json.dumps(result, indent=2) + "\n")

@@ -24,7 +24,7 @@ from firstsight import (
 )
 from firstsight.errors import UserError
 from firstsight.features import Reader
-from firstsight.log import clock, read_log, say
+from firstsight.log import clock, read_log, require, say
 from firstsight.methods.base import Method
 from firstsight.order import Epochs
 from firstsight.probe import KnnProbe

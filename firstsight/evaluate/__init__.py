@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from firstsight.evaluate.knn import knn
+from firstsight.evaluate.snapshots import over_snapshots
 
-__all__ = ["knn"]
+__all__ = ["knn", "over_snapshots"]
