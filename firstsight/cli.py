@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -15,9 +16,8 @@ from rich.table import Table
 
 from firstsight import methods, recipes, settings
 from firstsight.errors import UserError, require_positive, unknown
+from firstsight.flags import config_file, flagged, parsed, peeked, taken
 from firstsight.log import is_first
-
-T = TypeVar("T")
 
 
 def pretrain(args: list[str]) -> None:
@@ -30,15 +30,15 @@ def pretrain(args: list[str]) -> None:
         return
     name = args[0]
     summary, defaults, own = methods.describe(name)
-    target, args = _taken(args[1:], "--json")
-    values, args = _config_file(args)
+    target, args = taken(args[1:], "--json")
+    values, args = config_file(args)
     if values.pop("name", name) != name:
         raise UserError(f"--config holds settings of another method than {name}")
-    early = {key: _peeked(args, f"--{key}") for key in ("size", "epochs", "preset", "recipe")}
+    early = {key: peeked(args, f"--{key}") for key in ("size", "epochs", "preset", "recipe")}
     values |= {key: value for key, value in early.items() if value is not None}
     values = recipes.beneath(name, values)
     start = settings.begun(defaults, own, values, "--config or flags")
-    config = _flagged(settings.Pretrain, args, f"pretrain {name}", summary, start)
+    config = flagged(settings.Pretrain, args, f"pretrain {name}", summary, start)
     if not config.data:
         raise UserError("which images? use --data SOURCE, for instance --data scenes:train")
 
@@ -55,7 +55,7 @@ def show_recipes(args: list[str]) -> None:
     if args[:1] in (["-h"], ["--help"]):
         print("usage: firstsight recipes [NAME] [--json FILE]")
         return
-    target, args = _taken(args, "--json")
+    target, args = taken(args, "--json")
     shown = [recipes.read(name) for name in args or recipes.names()]
     for recipe in shown:
         about = f"{recipe.name:<25} {recipe.summary}\n{recipe.method:>24}  {recipe.story['paper']}"
@@ -125,9 +125,9 @@ def evaluate(args: list[str]) -> None:
         return
     if args[0] != "knn":
         raise unknown("reading", args[0], ["knn"])
-    target, args = _taken(args[1:], "--json")
+    target, args = taken(args[1:], "--json")
     over_run, args = "--snapshots" in args, [arg for arg in args if arg != "--snapshots"]
-    options = _parsed(Knn, args, "evaluate knn")
+    options = parsed(Knn, args, "evaluate knn")
 
     from firstsight.evaluate import knn, over_snapshots
 
@@ -169,8 +169,8 @@ def data(args: list[str]) -> None:
         return
     if args[0] != "sort-imagenet-val":
         raise unknown("work on data", args[0], ["sort-imagenet-val"])
-    target, args = _taken(args[1:], "--json")
-    options = _parsed(SortImagenetVal, args, "data sort-imagenet-val")
+    target, args = taken(args[1:], "--json")
+    options = parsed(SortImagenetVal, args, "data sort-imagenet-val")
 
     from firstsight.data import sort_imagenet_val
 
@@ -193,7 +193,7 @@ class Report:
 
 def report(args: list[str]) -> None:
     """Curves, pictures, readings of runs in one page: firstsight report RUN... --out FILE.html."""
-    options = _parsed(Report, args, "report")
+    options = parsed(Report, args, "report")
 
     from firstsight.report import write_report
 
@@ -212,8 +212,8 @@ class Demo(Common):
 
 def demo(args: list[str]) -> None:
     """The whole road on generated scenes, in minutes: pretrain, k-NN before and after, report."""
-    target, args = _taken(args, "--json")
-    options = _parsed(Demo, args, "demo")
+    target, args = taken(args, "--json")
+    options = parsed(Demo, args, "demo")
 
     from firstsight import run
 
@@ -249,6 +249,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `firstsight recipes | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
         if "torch" in sys.modules:
             from firstsight import distributed
@@ -267,87 +269,6 @@ def _overview() -> str:
         "cifar100:test, stl10:unlabeled, imagenet:train@ROOT.\n"
         "firstsight COMMAND --help lists all options."
     )
-
-
-def _parsed(kind: type[T], args: list[str], prog: str) -> T:
-    """The options of a command: class defaults, then `--config FILE`, then flags."""
-    values, args = _config_file(args)
-    required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]  # type: ignore[arg-type]
-    build: Callable[..., T] = kind
-    start = settings.merged(build(**dict.fromkeys(required, tyro.MISSING)), values, "--config")
-    return _flagged(kind, args, prog, kind.__doc__ or "", start)
-
-
-def _flagged(kind: type[T], args: list[str], prog: str, text: str, start: T) -> T:
-    parse: Callable[..., T] = tyro.cli
-    text += " --config FILE reads options from YAML, --json FILE writes the result."
-    return parse(
-        kind,
-        args=_switched([_dotted(arg) for arg in args], start),
-        prog=f"firstsight {prog}",
-        description=text,
-        default=start,
-        config=(tyro.conf.FlagConversionOff,),
-    )
-
-
-def _dotted(arg: str) -> str:
-    """`--a/b v` is `--a.b v`."""
-    name, equals, value = arg.partition("=")
-    return name.replace("/", ".") + equals + value if arg.startswith("--") else arg
-
-
-def _switched(args: list[str], options: Any) -> list[str]:
-    """Switches told True or False: `--dry-run` alone is on, yes, no, t, f, 1, 0 are understood."""
-    switches, spelt, waiting = set(_switches(options, "--")), [], False
-    for arg in [*args, ""]:
-        told = settings.truth(arg)
-        if waiting:
-            spelt.append(str(told is not False))
-        if not waiting or told is None:
-            name, equals, value = arg.partition("=")
-            is_switch = name.replace("_", "-") in switches
-            told = settings.truth(value) if is_switch and equals else None
-            spelt.append(arg if told is None else f"{name}={told}")
-            waiting = is_switch and not equals
-        else:
-            waiting = False
-    return spelt[:-1]
-
-
-def _switches(options: Any, prefix: str) -> Iterator[str]:
-    for name, value in settings.shallow(options).items():
-        if dataclasses.is_dataclass(value):
-            yield from _switches(value, f"{prefix}{name}.")
-        elif isinstance(value, bool):
-            yield prefix + name.replace("_", "-")
-
-
-def _peeked(args: list[str], flag: str) -> str | None:
-    """The value of `flag` among the arguments, which stay as they are."""
-    for position, arg in enumerate(args):
-        if arg == flag and position + 1 < len(args):
-            return args[position + 1]
-        if arg.startswith(flag + "="):
-            return arg.partition("=")[2]
-    return None
-
-
-def _taken(args: list[str], flag: str) -> tuple[str | None, list[str]]:
-    value = _peeked(args, flag)
-    if value is None:
-        if flag in args:
-            raise UserError(f"{flag} needs a file after it")
-        return None, args
-    if f"{flag}={value}" in args:
-        return value, [arg for arg in args if arg != f"{flag}={value}"]
-    position = args.index(flag)
-    return value, args[:position] + args[position + 2 :]
-
-
-def _config_file(args: list[str]) -> tuple[dict[str, Any], list[str]]:
-    path, rest = _taken(args, "--config")
-    return (settings.read_yaml(Path(path)) if path else {}), rest
 
 
 def _show_run(out: Path, target: str | None) -> None:

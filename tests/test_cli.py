@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from firstsight import cli, settings
+from firstsight import cli, flags, settings
 from firstsight.errors import UserError
 
 
@@ -71,7 +71,7 @@ def test_a_config_file_gives_way_to_flags_and_refuses_what_it_does_not_know(tmp_
     start = settings.begun(defaults, own, values, str(file))
     assert start.weight_decay == 1e-6 and start.epochs == 7.0
     assert start.views.min_scale == (0.3,) and start.method.dim == 64
-    parsed = cli._flagged(
+    parsed = flags.flagged(
         settings.Pretrain, ["--epochs", "9", "--views/gray", "0.1"], "pretrain", "", start
     )
     assert parsed.epochs == 9.0 and parsed.views.gray == 0.1 and parsed.method.dim == 64
@@ -97,13 +97,13 @@ def test_switches_are_told_in_any_spelling(word, meant):
         [f"--compile={word}"],
         ["--compile", str(word), "--seed", "1"],
     ):
-        assert cli._flagged(settings.Pretrain, args, "pretrain", "", start).compile is meant
+        assert flags.flagged(settings.Pretrain, args, "pretrain", "", start).compile is meant
 
 
 def test_a_switch_alone_is_on_and_eats_nothing():
     start = settings.Pretrain(data="x")
     for args in (["--compile"], ["--compile", "--dry-run", "no", "--epochs", "1"]):
-        parsed = cli._flagged(settings.Pretrain, args, "pretrain", "", start)
+        parsed = flags.flagged(settings.Pretrain, args, "pretrain", "", start)
         assert parsed.compile and not parsed.dry_run
     assert parsed.epochs == 1.0
     with pytest.raises(UserError, match="'maybe' is not bool"):
@@ -113,8 +113,8 @@ def test_a_switch_alone_is_on_and_eats_nothing():
 def test_a_slash_is_a_dot_in_flags():
     start = settings.Pretrain(data="x")
     for args in (["--views/gray", "0.1"], ["--views/gray=0.1"], ["--views.gray", "1e-1"]):
-        assert cli._flagged(settings.Pretrain, args, "pretrain", "", start).views.gray == 0.1
-    assert cli._flagged(settings.Pretrain, ["--data=a/b"], "", "", start).data == "a/b"
+        assert flags.flagged(settings.Pretrain, args, "pretrain", "", start).views.gray == 0.1
+    assert flags.flagged(settings.Pretrain, ["--data=a/b"], "", "", start).data == "a/b"
 
 
 def test_a_resolved_config_replays_itself(tmp_path):

@@ -1,4 +1,4 @@
-"""Other platforms: processes that are spawned and not forked, Apple's device."""
+"""Other platforms: processes that are spawned and not forked."""
 
 import functools
 import os
@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from firstsight import distributed, loader, open_source
+from firstsight import loader, open_source
 from tests.test_engine import steps_of
 from tests.tiny import Patches
 
@@ -37,12 +37,3 @@ def test_scenes_are_painted_where_processes_spawn(tmp_path):
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "once\n"
-
-
-def test_auto_takes_the_device_that_is_there(monkeypatch):
-    monkeypatch.setattr(distributed, "_device", torch.device("cpu"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert distributed.start("auto", 1) == distributed.device() == torch.device("mps")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert distributed.start("auto", 1) == torch.device("cpu")
