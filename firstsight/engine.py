@@ -25,7 +25,7 @@ from firstsight.methods.base import Method
 from firstsight.order import Epochs
 from firstsight.probe import KnnProbe, Online
 from firstsight.schedule import Schedule, due
-from firstsight.settings import Pretrain
+from firstsight.settings import Pretrain, plain
 from firstsight.sources.base import Source
 from firstsight.state import State
 
@@ -76,7 +76,7 @@ def pretrain(
     method.train()
 
     main, first = distributed.rank() == 0, state.step
-    log = Log(out, first) if main else None
+    log = Log(out, first, config.loggers, plain(config)) if main else None
     maker = Steps(
         source=source,
         views=config.views,

@@ -25,7 +25,7 @@ from firstsight import (
 from firstsight.errors import UserError
 from firstsight.evaluate.linear import PROTOCOLS, cached, stated
 from firstsight.features import Reader, Seen
-from firstsight.log import clock, read_log, say
+from firstsight.log import clock, read_log, require, say
 from firstsight.order import Epochs
 from firstsight.probe import KnnProbe
 from firstsight.report import write_report
@@ -39,7 +39,7 @@ from firstsight.settings import (
     read_yaml,
     write_yaml,
 )
-from firstsight.sources import open_source
+from firstsight.sources import fetch, open_source
 from firstsight.sources.base import Source, class_count
 
 
@@ -104,6 +104,9 @@ def dry_run(name: str, config: Pretrain) -> dict[str, Any]:
 def _opened(config: Pretrain) -> tuple[Pretrain, Source]:
     """The source, and all refused that can be before anything is written."""
     distributed.start(config.device, config.threads)
+    require(config.loggers)
+    if config.download:
+        fetch(config.data, config.probe_train, config.probe_test)
     source = open_source(config.data)
     config = dataclasses.replace(config, workers=_workers(config))
     _refuse_unequal_shares(config)

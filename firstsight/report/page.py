@@ -259,6 +259,8 @@ def _curves(runs: Sequence[Run]) -> str:
         for name in others
         if name not in (*_KNOWN, *_READINGS) and not name.startswith("linear_")
     ]
+    taken = dict.fromkeys(name for run in runs for name in run.readings)
+    large += [_reading_chart(name, runs) for name in taken]
     groups = [("curves", large), ("curves small", small)]
     return "".join(f'<div class="{c}">\n{"".join(g)}</div>\n' for c, g in groups if any(g))
 
@@ -314,6 +316,22 @@ def _linear_chart(runs: Sequence[Run]) -> str:
         until=max(run.steps for run in runs),
         note="Accuracy on a part of the test images, at the end on all of them. Of several runs, "
         "the probe that ends best.",
+    )
+
+
+def _reading_chart(name: str, runs: Sequence[Run]) -> str:
+    series = [
+        Series(label=run.label, colour=colour, points=run.readings.get(name, []))
+        for colour, run in enumerate(runs)
+    ]
+    return chart(
+        f"{name} of the snapshots",
+        series,
+        unit=_PERCENT,
+        marked=True,
+        large=True,
+        until=max(run.steps for run in runs),
+        note=f"Top-1, as {name}.json in the run's folder of readings has it with its protocol.",
     )
 
 
