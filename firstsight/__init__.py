@@ -32,11 +32,12 @@ def pretrain(method: str, *, data: str, **settings: Any) -> Path:
     `settings` are those of `config.yaml`, nested ones as dicts: `pretrain("mocov2", data="photos",
     size=64, method={"temperature": 0.1})`. Unknown ones are refused.
     """
-    from firstsight import methods, run
+    from firstsight import methods, recipes, run
     from firstsight.settings import begun
 
     _, defaults, own = methods.describe(method)
-    return run.pretrain(method, begun(defaults, own, {"data": data, **settings}, "pretrain"))
+    values = recipes.beneath(method, {"data": data, **settings})
+    return run.pretrain(method, begun(defaults, own, values, "pretrain"))
 
 
 def __getattr__(name: str) -> Any:
@@ -45,7 +46,7 @@ def __getattr__(name: str) -> Any:
         from firstsight.sources import open_source
 
         return open_source
-    if name in ("evaluate", "methods", "metrics"):
+    if name in ("data", "evaluate", "methods", "metrics", "recipes"):
         import importlib
 
         return importlib.import_module(f"firstsight.{name}")

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from firstsight import methods, settings
+from firstsight import methods, recipes, settings
 from firstsight.errors import UserError, require_positive, unknown
+from firstsight.flags import config_file, flagged, parsed, peeked, taken
 from firstsight.log import is_first
-
-T = TypeVar("T")
 
 
 def pretrain(args: list[str]) -> None:
@@ -31,14 +30,15 @@ def pretrain(args: list[str]) -> None:
         return
     name = args[0]
     summary, defaults, own = methods.describe(name)
-    target, args = _taken(args[1:], "--json")
-    values, args = _config_file(args)
+    target, args = taken(args[1:], "--json")
+    values, args = config_file(args)
     if values.pop("name", name) != name:
         raise UserError(f"--config holds settings of another method than {name}")
-    early = {key: _peeked(args, f"--{key}") for key in ("size", "epochs", "preset")}
+    early = {key: peeked(args, f"--{key}") for key in ("size", "epochs", "preset", "recipe")}
     values |= {key: value for key, value in early.items() if value is not None}
+    values = recipes.beneath(name, values)
     start = settings.begun(defaults, own, values, "--config or flags")
-    config = _flagged(settings.Pretrain, args, f"pretrain {name}", summary, start)
+    config = flagged(settings.Pretrain, args, f"pretrain {name}", summary, start)
     if not config.data:
         raise UserError("which images? use --data SOURCE, for instance --data scenes:train")
 
@@ -48,6 +48,19 @@ def pretrain(args: list[str]) -> None:
         _show_dry_run(run.dry_run(name, config), target)
     else:
         _show_run(run.pretrain(name, config), target)
+
+
+def show_recipes(args: list[str]) -> None:
+    """Published settings for pretrain --recipe: firstsight recipes, or firstsight recipes NAME."""
+    if args[:1] in (["-h"], ["--help"]):
+        print("usage: firstsight recipes [NAME] [--json FILE]")
+        return
+    target, args = taken(args, "--json")
+    shown = [recipes.read(name) for name in args or recipes.names()]
+    for recipe in shown:
+        about = f"{recipe.name:<25} {recipe.summary}\n{recipe.method:>24}  {recipe.story['paper']}"
+        print(recipe.text if args else about)
+    _write_json(target, {r.name: {"method": r.method, **r.story, **r.values} for r in shown})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +77,7 @@ class Common:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Knn(Common):
-    """k-nearest neighbours, every k in one pass."""
+    """k-nearest neighbours, every k in one pass; --snapshots reads every snapshot of a run."""
 
     checkpoint: tyro.conf.Positional[str]
     """CHECKPOINT: a run folder, a file of ours, random:NAME, torchvision:NAME, timm:NAME."""
@@ -92,6 +105,8 @@ class Knn(Common):
     """Images per forward pass."""
     workers: int = 0
     """Processes that decode; 0: this one."""
+    download: bool = False
+    """Fetch cifar10:train, cifar100:..., stl10:... where their files are missing."""
 
     def __post_init__(self) -> None:
         if tyro.MISSING in (self.checkpoint, self.train, self.test):
@@ -103,25 +118,150 @@ class Knn(Common):
             raise UserError("--size, --train-images and --workers must not be below 0")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear(Common):
+    """A linear classifier on the frozen backbone; what is not given is as the protocol says."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """CHECKPOINT: a run folder, a file of ours, random:NAME, torchvision:NAME, timm:NAME."""
+    train: str
+    """Labelled SOURCE to train the classifier on."""
+    test: str
+    """Labelled SOURCE to classify."""
+    protocol: Literal["cached", "moco", "pic", "byol", "scrl", "swav", "dino"] = "cached"
+    """Where all numbers start. cached: on features extracted once, the best of 12 settings by a
+    held-out tenth of --train. The others: as published, on random crops; slow, as they decode and
+    encode each image in every epoch."""
+    epochs: int | None = None
+    """Passes over the training images; warm-up and drops scale along."""
+    lr: tuple[float, ...] = ()
+    """Peak learning rate, absolute; several (with cached) are compared."""
+    base_lr: float | None = None
+    """Peak learning rate per 256 images of a batch, in place of --lr."""
+    weight_decay: tuple[float, ...] = ()
+    """Weight decay; several (with cached) are compared."""
+    momentum: float | None = None
+    """Momentum of SGD."""
+    nesterov: bool | None = None
+    """Nesterov's momentum."""
+    batch_size: int | None = None
+    """Images a step, over all ranks."""
+    warmup_epochs: float | None = None
+    """Epochs in which the learning rate rises from zero."""
+    schedule: Literal["cosine", "step"] | None = None
+    """Half a cosine to zero, or times 0.1 at each drop."""
+    drops: tuple[float, ...] = ()
+    """Where the step schedule drops, as shares of the epochs."""
+    once_an_epoch: bool | None = None
+    """The learning rate changes between epochs only."""
+    init_std: float | None = None
+    """Standard deviation of the first weights; 0: as torch draws a linear layer."""
+    representation: Literal["original", "norm", "standard"] | None = None
+    """Features as they are, of unit length, or each of mean 0 and deviation 1."""
+    min_scale: float | None = None
+    """Smallest random crop, share of the image area."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """Filter of the resize."""
+    size: int = 0
+    """Side of the images, pixels; 0: as pretrained."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the backbone."""
+    workers: int = 0
+    """Processes that decode; 0: this one."""
+
+    def __post_init__(self) -> None:
+        if min(self.size, self.workers) < 0:
+            raise UserError("--size and --workers must not be below 0")
+
+
 def evaluate(args: list[str]) -> None:
-    """Judge a backbone: firstsight evaluate knn CHECKPOINT --train SOURCE --test SOURCE."""
+    """Judge a backbone: firstsight evaluate knn|linear CHECKPOINT --train SOURCE --test SOURCE."""
     if not args or args[0] in ("-h", "--help"):
-        print("usage: firstsight evaluate knn CHECKPOINT --train SOURCE --test SOURCE [OPTIONS]")
+        readings = "|".join(READINGS)
+        print(f"usage: firstsight evaluate {readings} CHECKPOINT --train SOURCE --test SOURCE ...")
         return
-    if args[0] != "knn":
-        raise unknown("reading", args[0], ["knn"])
-    target, args = _taken(args[1:], "--json")
-    options = _parsed(Knn, args, "evaluate knn")
+    if args[0] not in READINGS:
+        raise unknown("reading", args[0], READINGS)
+    target, args_left = taken(args[1:], "--json")
+    READINGS[args[0]](args_left, target)
 
-    from firstsight.evaluate import knn
 
-    asked = settings.shallow(options)
-    result = knn(asked.pop("checkpoint"), **asked)
+def evaluate_knn(args: list[str], target: str | None) -> None:
+    """Accuracy of k-nearest neighbours."""
+    over_run, args = "--snapshots" in args, [arg for arg in args if arg != "--snapshots"]
+    asked = settings.shallow(parsed(Knn, args, "evaluate knn"))
+
+    from firstsight.evaluate import knn, over_snapshots
+
+    spec = asked.pop("checkpoint")
+    if over_run:
+        results = over_snapshots(spec, "knn", lambda snapshot: knn(snapshot, **asked))
+        steps = [[str(one["step"]), f"{one['top1']:.2f}"] for one in results]
+        _table("k-NN accuracy over the run, percent, best k", ["step", "top-1"], steps)
+        return _write_json(target, results)
+    result = knn(spec, **asked)
     rows = [
         [k, f"{figures['top1']:.2f}", f"{figures['top5']:.2f}"]
         for k, figures in result["k"].items()
     ]
     _show("k-NN accuracy, percent", ["k", "top-1", "top-5"], rows, result, target)
+
+
+def evaluate_linear(args: list[str], target: str | None) -> None:
+    """Accuracy of a linear classifier on frozen features."""
+    asked = settings.shallow(parsed(Linear, args, "evaluate linear"))
+
+    from firstsight.evaluate import linear
+
+    result = linear(asked.pop("checkpoint"), **asked)
+    rows = [["last epoch", f"{result['top1']:.2f}", f"{result['top5']:.2f}"]]
+    best = f"epoch {result['best_epoch']}, the best on the test images"
+    rows.append([best, f"{result['best_top1']:.2f}", ""])
+    if "chosen" in result:
+        lr, decay = result["chosen"]["lr"], result["chosen"]["weight_decay"]
+        rows.append([f"learning rate {lr:g}, weight decay {decay:g}: chosen held out", "", ""])
+    _show("linear accuracy, percent", ["", "top-1", "top-5"], rows, result, target)
+
+
+READINGS: dict[str, Callable[[list[str], str | None], None]] = {
+    "knn": evaluate_knn,
+    "linear": evaluate_linear,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SortImagenetVal:
+    """Sort ILSVRC's validation images into folders of their classes; goes on where it stopped."""
+
+    images: tyro.conf.Positional[str]
+    """Folder of ILSVRC2012_val_*.JPEG."""
+    truth: str
+    """CSV of image and class, or the development kit's text of class numbers."""
+    out: str
+    """Folder for the folders of classes; ROOT/val makes imagenet:val@ROOT a source."""
+    classes: str = ""
+    """For a truth of numbers: a text whose line k begins with the name of class k."""
+    by: Literal["link", "copy", "move"] = "link"
+    """What is put there: links to the images, copies, or the images themselves."""
+
+
+def data(args: list[str]) -> None:
+    """Lay images out: firstsight data sort-imagenet-val IMAGES --truth FILE --out FOLDER."""
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: firstsight data sort-imagenet-val IMAGES --truth FILE --out FOLDER [OPTIONS]")
+        return
+    if args[0] != "sort-imagenet-val":
+        raise unknown("work on data", args[0], ["sort-imagenet-val"])
+    target, args = taken(args[1:], "--json")
+    options = parsed(SortImagenetVal, args, "data sort-imagenet-val")
+
+    from firstsight.data import sort_imagenet_val
+
+    asked = settings.shallow(options)
+    result = sort_imagenet_val(asked.pop("images"), **asked)
+    rows = [[key, str(result[key])] for key in ("images", "classes", "placed")]
+    _table(f"{result['out']}, by {result['by']}", ["", ""], rows)
+    _write_json(target, result)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +276,7 @@ class Report:
 
 def report(args: list[str]) -> None:
     """Curves, pictures, readings of runs in one page: firstsight report RUN... --out FILE.html."""
-    options = _parsed(Report, args, "report")
+    options = parsed(Report, args, "report")
 
     from firstsight.report import write_report
 
@@ -155,8 +295,8 @@ class Demo(Common):
 
 def demo(args: list[str]) -> None:
     """The whole road on generated scenes, in minutes: pretrain, k-NN before and after, report."""
-    target, args = _taken(args, "--json")
-    options = _parsed(Demo, args, "demo")
+    target, args = taken(args, "--json")
+    options = parsed(Demo, args, "demo")
 
     from firstsight import run
 
@@ -166,7 +306,9 @@ def demo(args: list[str]) -> None:
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
     "pretrain": pretrain,
+    "recipes": show_recipes,
     "evaluate": evaluate,
+    "data": data,
     "report": report,
 }
 
@@ -190,6 +332,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `firstsight recipes | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
         if "torch" in sys.modules:
             from firstsight import distributed
@@ -204,81 +348,10 @@ def _overview() -> str:
         "Learn an image backbone from photographs without labels, and say how good it is.\n\n"
         "commands:\n" + "\n".join(lines) + "\n\n"
         "SOURCE is a folder of images (with or without class folders), a .zip of one,\n"
-        "scenes:train or scenes:test. firstsight COMMAND --help lists all options."
+        "scenes:train, scenes:test, or a set that torchvision knows: cifar10:train,\n"
+        "cifar100:test, stl10:unlabeled, imagenet:train@ROOT.\n"
+        "firstsight COMMAND --help lists all options."
     )
-
-
-def _parsed(kind: type[T], args: list[str], prog: str) -> T:
-    """The options of a command: class defaults, then `--config FILE`, then flags."""
-    values, args = _config_file(args)
-    required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]  # type: ignore[arg-type]
-    build: Callable[..., T] = kind
-    start = settings.merged(build(**dict.fromkeys(required, tyro.MISSING)), values, "--config")
-    return _flagged(kind, args, prog, kind.__doc__ or "", start)
-
-
-def _flagged(kind: type[T], args: list[str], prog: str, text: str, start: T) -> T:
-    parse: Callable[..., T] = tyro.cli
-    text += " --config FILE reads options from YAML, --json FILE writes the result."
-    return parse(
-        kind,
-        args=_switched([_dotted(arg) for arg in args], start),
-        prog=f"firstsight {prog}",
-        description=text,
-        default=start,
-        config=(tyro.conf.FlagConversionOff,),
-    )
-
-
-def _dotted(arg: str) -> str:
-    """`--a/b v` is `--a.b v`."""
-    name, equals, value = arg.partition("=")
-    return name.replace("/", ".") + equals + value if arg.startswith("--") else arg
-
-
-def _switched(args: list[str], options: Any) -> list[str]:
-    """A switch without a value is on: `--dry-run` is `--dry-run True`."""
-    switches, spelt = set(_switches(options, "--")), []
-    for arg, after in itertools.zip_longest(args, args[1:]):
-        spelt.append(arg)
-        if arg.replace("_", "-") in switches and after not in ("True", "False"):
-            spelt.append("True")
-    return spelt
-
-
-def _switches(options: Any, prefix: str) -> Iterator[str]:
-    for name, value in settings.shallow(options).items():
-        if dataclasses.is_dataclass(value):
-            yield from _switches(value, f"{prefix}{name}.")
-        elif isinstance(value, bool):
-            yield prefix + name.replace("_", "-")
-
-
-def _peeked(args: list[str], flag: str) -> str | None:
-    """The value of `flag` among the arguments, which stay as they are."""
-    for position, arg in enumerate(args):
-        if arg == flag and position + 1 < len(args):
-            return args[position + 1]
-        if arg.startswith(flag + "="):
-            return arg.partition("=")[2]
-    return None
-
-
-def _taken(args: list[str], flag: str) -> tuple[str | None, list[str]]:
-    value = _peeked(args, flag)
-    if value is None:
-        if flag in args:
-            raise UserError(f"{flag} needs a file after it")
-        return None, args
-    if f"{flag}={value}" in args:
-        return value, [arg for arg in args if arg != f"{flag}={value}"]
-    position = args.index(flag)
-    return value, args[:position] + args[position + 2 :]
-
-
-def _config_file(args: list[str]) -> tuple[dict[str, Any], list[str]]:
-    path, rest = _taken(args, "--config")
-    return (settings.read_yaml(Path(path)) if path else {}), rest
 
 
 def _show_run(out: Path, target: str | None) -> None:
@@ -290,9 +363,9 @@ def _show_run(out: Path, target: str | None) -> None:
     for name, reading in summary.items():
         if isinstance(reading, dict) and "protocol" in reading:
             rows += [
-                [f"{name} {when}", f"{reading[when]:.1f} %"]
-                for when in reading
-                if when != "protocol"
+                [f"{name} {what}", f"{value:.1f} %" if isinstance(value, float) else f"{value}"]
+                for what, value in reading.items()
+                if what != "protocol"
             ]
     _table(f"{summary['method']}, {out}", ["", ""], rows)
     _write_json(target, summary)
@@ -338,7 +411,7 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     Console().print(table)
 
 
-def _write_json(target: str | None, result: dict[str, Any]) -> None:
+def _write_json(target: str | None, result: dict[str, Any] | list[dict[str, Any]]) -> None:
     if target is not None:
         try:
             Path(target).write_text(json.dumps(result, indent=2) + "\n")

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from firstsight import backbones, distributed, keyed, methods, optim, update
+from firstsight.features import Seen
 from firstsight.guards import (
     note_bad,
     refuse_nonfinite_loss,
@@ -21,9 +23,9 @@ from firstsight.loader import LAYOUTS, Steps, batches
 from firstsight.log import Log, Meter, say, told
 from firstsight.methods.base import Method
 from firstsight.order import Epochs
-from firstsight.probe import KnnProbe
+from firstsight.probe import KnnProbe, Online
 from firstsight.schedule import Schedule, due
-from firstsight.settings import Pretrain
+from firstsight.settings import Pretrain, plain
 from firstsight.sources.base import Source
 from firstsight.state import State
 
@@ -31,14 +33,21 @@ SNAPSHOTS = 10
 """Backbones kept over a run, evenly spread."""
 
 
+class Trained(NamedTuple):
+    """What training came to."""
+
+    method: Method
+    done: int
+    """Steps done: fewer than wanted when a signal asked the run to stop; the same call goes on."""
+    wanted: int
+    seen: Seen | None
+    """The features of the last reading, where it was taken just now."""
+
+
 def pretrain(
     name: str, config: Pretrain, source: Source, probe: KnnProbe | None, out: Path
-) -> tuple[Method, int, int]:
-    """Train method `name` from where the run in `out` stands; config is resolved (no `auto`).
-
-    Returns the method, the steps done and the steps wanted: fewer are done when a signal asked the
-    run to stop, and the same call then goes on.
-    """
+) -> Trained:
+    """Train method `name` from where the run in `out` stands; config is resolved (no `auto`)."""
     device, layout = distributed.device(), LAYOUTS[config.layout]
     order = Epochs(len(source), config.batch_size, config.seed)
     steps = order.steps(config.epochs)
@@ -47,6 +56,9 @@ def pretrain(
     method = methods.build(name, config, len(source))
     method.to(device, memory_format=layout)  # type: ignore[call-overload]
     optimizer, scaler = optim.of(method, config), update.scaler(config)
+    online = None
+    if probe and config.probe != "none":
+        online = Online(probe, config, source, method.backbone.width, device)
     state = State(
         out=out,
         name=name,
@@ -55,6 +67,7 @@ def pretrain(
         method=method,
         optimizer=optimizer,
         scaler=scaler,
+        online=online,
     )
     state.resume()
     if config.compile:
@@ -63,7 +76,7 @@ def pretrain(
     method.train()
 
     main, first = distributed.rank() == 0, state.step
-    log = Log(out, first) if main else None
+    log = Log(out, first, config.loggers, plain(config)) if main else None
     maker = Steps(
         source=source,
         views=config.views,
@@ -74,12 +87,14 @@ def pretrain(
         world=distributed.world(),
     )
     stream = batches(maker, first, steps, config.workers)
-    if probe and first == 0:  # every rank takes its share of a reading
-        readings = {"knn": probe.read(method.backbone)}
-        readings["knn_quick"] = probe.read_quickly(method.backbone)
-        if log:
+    if online:
+        online.begin(first, steps)
+    if online and first == 0:  # every rank takes its share of a reading
+        readings = online.untrained(method.backbone)
+        if log and readings:
             log.write(0, {"epoch": 0.0, **readings})
 
+    seen: Seen | None = None
     new_bad: set[str] = set()
     waited = trained = 0.0  # seconds since the last line of the log
     images = 0
@@ -90,7 +105,7 @@ def pretrain(
             waited += time.perf_counter() - began
             done, progress = step + 1, step / steps
             logging = done % config.log_every == 0 or done == steps
-            reading = probe is not None and due(done, steps, config.probe_readings + 1)
+            reading = online is not None and due(done, steps, config.probe_readings + 1)
             stopping = (distributed.world() == 1 or logging) and distributed.anyone(stopped())
             saving = done % config.save_every == 0 or done == steps or stopping
             keeping = due(done, steps, SNAPSHOTS)
@@ -102,6 +117,8 @@ def pretrain(
             if device.type == "cpu" or logging or saving:
                 refuse_nonfinite_loss(output.loss, method, step, out)
             stepped = update.apply(method, optimizer, scaler, config, progress, lr)
+            if online:
+                online.learn(step, steps, method.backbone, output.features, batch.label)
             state.step, state.skipped = done, state.skipped + (not stepped)
             took = time.perf_counter() - began
             state.seconds, trained = state.seconds + took, trained + took
@@ -124,10 +141,11 @@ def pretrain(
                 waited, trained, images = 0.0, 0.0, 0
                 if scaler.is_enabled():
                     figures["skipped_steps"] = float(state.skipped)
-                if probe and reading and done < steps:
-                    figures["knn_quick"] = probe.read_quickly(method.backbone)
-                elif probe and done == steps:
-                    figures["knn"] = probe.read(method.backbone)
+                if online and done == steps:
+                    readings, seen = online.fully(method.backbone)
+                    figures |= readings
+                elif online and reading:
+                    figures |= online.quickly(method.backbone)
                 if log:
                     log.write(done, figures)
                     meter.show(done, told(figures))
@@ -143,4 +161,4 @@ def pretrain(
     if log:
         log.close()
     distributed.barrier()
-    return method, state.step, steps
+    return Trained(method, state.step, steps, seen)

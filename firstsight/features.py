@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from firstsight.nets import cast_to
 from firstsight.settings import Pretrain
 from firstsight.sources.base import Source
 from firstsight.version import __version__
-from firstsight.views import IMAGENET_MEAN, IMAGENET_STD
+from firstsight.views import IMAGENET_MEAN, IMAGENET_STD, Interpolation
 from firstsight.views.apply import eval_policy
 
 
@@ -33,6 +34,7 @@ class Reader:
     precision: str = "fp32"
     batch_size: int = 256
     workers: int = 0
+    interpolation: Interpolation = "bilinear"
 
     @classmethod
     def of(cls, config: Pretrain) -> Reader:
@@ -45,12 +47,22 @@ class Reader:
             workers=config.workers,
         )
 
+    @classmethod
+    def like(cls, about: Mapping[str, Any], size: int, **more: Any) -> Reader:
+        """How a backbone is read by what is known `about` it; `size` 0 is the side it learnt at."""
+        return cls(
+            size=size or int(about.get("size", 224)),
+            mean=tuple(about.get("mean", IMAGENET_MEAN)),
+            std=tuple(about.get("std", IMAGENET_STD)),
+            **more,
+        )
+
     @property
     def protocol(self) -> dict[str, Any]:
         """What a figure depends on by how its features were read."""
         return {
             "size": self.size,
-            "view": eval_policy(self.size),
+            "view": eval_policy(self.size, self.interpolation),
             "mean": list(self.mean),
             "std": list(self.std),
             "precision": self.precision,
@@ -74,37 +86,66 @@ class Features:
         return torch.from_numpy(numbers)[self.index]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Seen:
+    """A labelled training and test source as a backbone sees them: what accuracy is read from."""
+
+    train: Tensor
+    """(N, C)."""
+    train_labels: Tensor
+    """(N,)."""
+    test: Tensor
+    """(M, C)."""
+    test_labels: Tensor
+    """(M,), in the numbers of the training source."""
+
+
 def extract(
     backbone: Backbone, source: Source, reader: Reader, index: NDArray[np.int64] | None = None
 ) -> Features:
     """Pooled features of the images at `index` (all by default), every image once on any W ranks.
 
-    The backbone runs in evaluation mode and is put back into the mode it was in; nothing of it
-    changes.
+    Nothing of the backbone changes, nor does the mode it is in.
     """
     distributed.same_buffers(backbone)  # one network is judged: that of the first rank
     wanted = np.arange(len(source)) if index is None else np.sort(index)
-    parameter = next(backbone.parameters())
-    layout = torch.channels_last if _is_channels_last(backbone) else torch.contiguous_format
-    dataset = Chunks(source=source, index=wanted, size=reader.size, batch_size=reader.batch_size)
-    training = backbone.training
-    backbone.eval()
+    dataset = Chunks(
+        source=source,
+        index=wanted,
+        size=reader.size,
+        interpolation=reader.interpolation,
+        batch_size=reader.batch_size,
+    )
     values, found = [torch.empty(0, backbone.width)], [torch.empty(0, dtype=torch.long)]
     with Meter(f"features of {source.spec}", 0, len(wanted)) as meter:
         for number, (pixels, positions) in enumerate(chunks(dataset, reader.workers), start=1):
             if len(positions):
-                images = normalised(pixels.to(parameter.device), reader.mean, reader.std, layout)
-                with cast_to(reader.precision, parameter.device):
-                    values.append(backbone.features(images).float().cpu())
+                values.append(pooled(backbone, pixels, reader).cpu())
                 found.append(positions)
             done = number * reader.batch_size * distributed.world()
             meter.show(min(done, len(wanted)))
-    backbone.train(training)
     every = distributed.collect((torch.cat(values), torch.cat(found)))
     rows, positions = (torch.cat(parts) for parts in zip(*every, strict=True))
     order = positions.argsort()
     return Features(rows[order], positions[order], len(wanted) - len(positions))
+
+
+@torch.no_grad()
+def pooled(backbone: Backbone, pixels: Tensor, reader: Reader) -> Tensor:
+    """(B, C) float32 features of uint8 images (B, 3, H, W), on the backbone's device.
+
+    The backbone runs in evaluation mode and is put back into the mode it was in; nothing of it
+    changes, and no gradient is recorded.
+    """
+    parameter = next(backbone.parameters())
+    layout = torch.channels_last if _is_channels_last(backbone) else torch.contiguous_format
+    images = normalised(pixels.to(parameter.device), reader.mean, reader.std, layout)
+    training = backbone.training
+    backbone.eval()
+    with cast_to(reader.precision, parameter.device):
+        features = backbone.features(images).float()
+    backbone.train(training)
+    return features
 
 
 def _is_channels_last(backbone: Backbone) -> bool:

@@ -1,20 +1,130 @@
-"""Heads that methods share: what is put on a backbone for pretraining and thrown away after."""
+"""Linear heads on features that stay as they are: several side by side, each trained as if alone.
+
+Good learning rates for a linear classifier differ by factors of a thousand between backbones, so
+readings try several. Side by side they cost little more than one: features are read once, and one
+matrix product serves all.
+"""
 
 from __future__ import annotations
 
-import itertools
+import copy
+from collections.abc import Sequence
+from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from firstsight.errors import UserError
+from firstsight.metrics import places
+
+_LOGITS = 2**25
+"""Bound on the logits held at a time while accuracy is counted: 128 MB."""
 
 
-def mlp(*widths: int, hidden_bias: bool = True) -> nn.Sequential:
-    """A head of linear layers between `widths`, with batch-norm and ReLU after all but the last.
+class Heads(nn.Module):
+    """S linear classifiers of K classes on the same features (B, C); they start equal."""
 
-    The last layer has no bias. Nor need the others, since batch-norm takes it out again: they have
-    one where the paper's have one.
-    """
-    layers: list[nn.Module] = []
-    for before, after in itertools.pairwise(widths[:-1]):
-        layers.append(nn.Linear(before, after, bias=hidden_bias))
-        layers += [nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=False))
+    def __init__(
+        self,
+        count: int,
+        width: int,
+        classes: int,
+        *,
+        seed: int,
+        std: float = 0.01,
+        prepare: nn.Module | None = None,
+    ) -> None:
+        """Weights N(0, std) drawn by `seed`, biases 0; with `std` 0 both as torch draws a layer.
+
+        `prepare` is what features go through first; it is not trained.
+        """
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            first = nn.Linear(width, classes)
+            if std:
+                nn.init.normal_(first.weight, std=std)
+                nn.init.zeros_(first.bias)
+        self.heads = nn.ModuleList(copy.deepcopy(first) for _ in range(count))
+        self.prepare = prepare if prepare is not None else nn.Identity()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, S, K) logits of features (B, C)."""
+        weight = torch.cat([head.get_parameter("weight") for head in self.heads])  # (S * K, C)
+        bias = torch.cat([head.get_parameter("bias") for head in self.heads])  # (S * K,)
+        logits = F.linear(self.prepare(features), weight, bias)
+        return logits.view(len(logits), len(self.heads), -1)
+
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Scalar sum over heads of the mean cross-entropy, so that none changes another's gradient.
+
+        Features are cut off from what made them: no gradient leaves the heads.
+        """
+        logits = self(features.detach())  # (B, S, K)
+        every = labels[:, None].expand(logits.shape[:2])
+        return F.cross_entropy(logits.flatten(0, 1), every.flatten()) * len(self.heads)
+
+    @torch.no_grad()
+    def judged(self, features: Tensor, labels: Tensor) -> list[dict[str, float]]:
+        """For each head: `top1` and `top5`, percent of the rows, and `loss`, mean cross-entropy.
+
+        Of equal logits the lowest class counts as the first.
+        """
+        if len(features) == 0:
+            raise UserError("a linear reading needs at least one readable test image")
+        device = next(self.parameters()).device
+        classes = self.heads[0].get_parameter("bias").numel()
+        sums = torch.zeros(3, len(self.heads), dtype=torch.float64, device=device)
+        rows = max(1, _LOGITS // (classes * len(self.heads)))
+        for part, truth in zip(torch.split(features, rows), torch.split(labels, rows), strict=True):
+            logits = self(part.to(device))  # (b, S, K)
+            every = truth.to(device)[:, None].expand(logits.shape[:2])
+            place = places(logits, every)
+            loss = F.cross_entropy(logits.flatten(0, 1), every.flatten(), reduction="none")
+            sums += torch.stack([(place < 1), (place < 5), loss.view_as(place)]).double().sum(1)
+        first, five, loss = (sums / len(features)).tolist()
+        return [
+            {"top1": 100 * a, "top5": 100 * b, "loss": c}
+            for a, b, c in zip(first, five, loss, strict=True)
+        ]
+
+
+class Descent:
+    """SGD on heads, each with a learning rate and a weight decay of its own."""
+
+    def __init__(
+        self,
+        heads: Heads,
+        settings: Sequence[tuple[float, float]],
+        *,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+    ) -> None:
+        """`settings` are the (peak learning rate, weight decay) of each head."""
+        self.heads, self.peaks = heads, [lr for lr, _ in settings]
+        groups = [
+            {"params": list(head.parameters()), "weight_decay": decay}
+            for head, (_, decay) in zip(heads.heads, settings, strict=True)
+        ]
+        self.optimizer = torch.optim.SGD(
+            groups, lr=0.0, momentum=momentum, nesterov=nesterov, fused=True
+        )
+
+    def step(self, features: Tensor, labels: Tensor, factor: float) -> None:
+        """One step on features (B, C) and labels (B,), at `factor` of the peak learning rates."""
+        device = next(self.heads.parameters()).device
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        torch.autograd.backward(self.heads.loss(features.to(device), labels.to(device)))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later steps depend on."""
+        return {"heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.heads.load_state_dict(state["heads"])
+        self.optimizer.load_state_dict(state["optimizer"])

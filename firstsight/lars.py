@@ -38,6 +38,8 @@ class Variant:
     """The learning rate multiplies what enters the buffer; else what leaves it."""
     decays_without_gradient: bool = True
     """Weight decay also where g is zero."""
+    clipped: bool = False
+    """No tensor moves faster than by plain SGD: the ratio is cut at the learning rate."""
     excluded_rate_squared: bool = False
     """Excluded gradients are multiplied by the learning rate twice."""
 
@@ -58,6 +60,10 @@ VARIANTS = {
     "simclr": Variant(excluded=("norm", "bias"), rate_in_buffer=True),
     "pixpro": Variant(epsilon=1e-8),
     "scrl": Variant(joint_norm=False, epsilon=1e-8, excluded=("norm", "bias")),
+    # solo-learn's small recipes
+    "solo": Variant(
+        trust=0.02, joint_norm=False, epsilon=1e-8, clipped=True, decays_without_gradient=False
+    ),
     # as published: rate squared where excluded, and exclusion by what its backbone calls `bn` and
     # `bias`, which misses the norms of stem, shortcuts and heads (a ResNet under torchvision names)
     "scrl-published": Variant(
@@ -110,6 +116,8 @@ class Lars(torch.optim.Optimizer):
         steepness = torch.stack(torch._foreach_norm(pulls if variant.joint_norm else gradients))
         below = steepness if variant.joint_norm else steepness + decay * lengths
         ratios = variant.trust * lengths / (below + variant.epsilon)
+        if variant.clipped:
+            ratios = (ratios / group["lr"]).clamp(max=1)
         ratios = ratios.where((lengths > 0) & (steepness > 0), torch.ones_like(ratios))
         if not variant.decays_without_gradient:
             ratios = ratios.where(steepness > 0, torch.zeros_like(ratios))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,12 +22,14 @@ from firstsight.batch import Batch
 from firstsight.errors import UserError
 from firstsight.order import Epochs
 from firstsight.sources.base import Pixels, Source, UnreadableImage
-from firstsight.views import Views
+from firstsight.views import Interpolation, Views
 from firstsight.views.apply import apply, eval_view
 from firstsight.views.draw import draw
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 """Names of memory orders of image tensors."""
+
+_Made = TypeVar("_Made")
 
 _ATTEMPTS = 50
 _CHUNK = 32
@@ -60,9 +62,11 @@ class Steps(Dataset[Any]):
         crops = np.empty((len(index), len(sizes), 4), np.float32)
         flips = np.empty((len(index), len(sizes)), bool)
         bad: list[str] = []
+        chosen = np.empty_like(index)  # other images where some cannot be decoded
         for start in range(0, len(index), _CHUNK):
             part = slice(start, start + _CHUNK)
-            images = [self.readable(int(i), bad) for i in index[part]]
+            found = [readable(self.source, int(i), self.seed, bad) for i in index[part]]
+            chosen[part], images = zip(*found, strict=True)
             shapes = np.array([(image.shape[1], image.shape[0]) for image in images])
             drawn = draw(
                 self.views, shapes, seed=self.seed, epoch=self.order.epoch(step), index=index[part]
@@ -79,34 +83,75 @@ class Steps(Dataset[Any]):
             crops=tuple(torch.from_numpy(crops[:, v].copy()) for v in range(len(sizes))),
             flips=tuple(torch.from_numpy(flips[:, v].copy()) for v in range(len(sizes))),
             index=torch.from_numpy(index.copy()),
-            label=None if labels is None else torch.from_numpy(labels[index]),
+            label=None if labels is None else torch.from_numpy(labels[chosen]),
             bad=tuple(bad),
         )
 
-    def readable(self, index: int, bad: list[str]) -> Pixels:
-        """Image `index`, or a replacement that is always the same one; bad names are added to."""
-        chosen = index
-        for attempt in range(_ATTEMPTS):
-            try:
-                return self.source.pixels(chosen)
-            except UnreadableImage:
-                bad.append(self.source.identity(chosen))
-                chosen = int(keyed.hashed(self.seed, index, attempt) % np.uint64(len(self.source)))
-        raise UserError(
-            f"{self.source.spec}: {_ATTEMPTS} images in turn cannot be decoded, {bad[0]} first"
-        )
+
+def readable(source: Source, index: int, seed: int, bad: list[str]) -> tuple[int, Pixels]:
+    """Image `index`, or a replacement that is always the same one, behind its position.
+
+    Names of images that cannot be decoded are added to `bad`.
+    """
+    chosen = index
+    for attempt in range(_ATTEMPTS):
+        try:
+            return chosen, source.pixels(chosen)
+        except UnreadableImage:
+            bad.append(source.identity(chosen))
+            chosen = int(keyed.hashed(seed, index, attempt) % np.uint64(len(source)))
+    raise UserError(f"{source.spec}: {_ATTEMPTS} images in turn cannot be decoded, {bad[0]} first")
 
 
 def _channels_first(picture: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(picture).permute(0, 3, 1, 2)  # channels-last in memory
 
 
+@dataclass(frozen=True, kw_only=True)
+class Labelled(Dataset[Any]):
+    """Number -> this rank's share of a batch of images as evaluation sees them, and their labels.
+
+    A pure function of (seed, number), as the batches of training are: a probe that trains on these
+    goes on where it stopped.
+    """
+
+    source: Source
+    size: int
+    order: Epochs
+    seed: int
+    rank: int
+    world: int
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor] | UserError:
+        """(B, 3, size, size) uint8 and (B,) labels; unreadable images are replaced."""
+        index = np.array_split(self.order.indices(number), self.world)[self.rank]
+        try:
+            found = [readable(self.source, int(i), self.seed, []) for i in index]
+        except UserError as error:  # raised again by the loader, as for `Steps`
+            return error
+        assert self.source.labels is not None
+        labels = self.source.labels[[position for position, _ in found]]
+        pictures = np.stack([eval_view(pixels, self.size) for _, pixels in found])
+        return _channels_first(pictures), torch.from_numpy(labels)
+
+
 def batches(steps: Steps, first: int, last: int, workers: int) -> Iterator[Batch]:
     """The batches of steps `first` to `last - 1`, made by `workers` processes (0: this one)."""
-    for batch in _loader(steps, range(first, last), workers):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    return _raised(_loader(steps, range(first, last), workers))
+
+
+def labelled(
+    images: Labelled, first: int, last: int, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches `first` to `last - 1` of labelled images; one process at most makes them."""
+    return _raised(_loader(images, range(first, last), min(workers, 1)))
+
+
+def _raised(made: Iterable[_Made | UserError]) -> Iterator[_Made]:
+    for one in made:
+        if isinstance(one, UserError):
+            raise one
+        yield one
 
 
 def _loader(dataset: Dataset[Any], sampler: range, workers: int) -> DataLoader[Any]:
@@ -163,6 +208,7 @@ class Chunks(Dataset[Any]):
     index: np.ndarray[Any, np.dtype[np.int64]]
     size: int
     batch_size: int
+    interpolation: Interpolation = "bilinear"
 
     def __getitem__(self, chunk: int) -> tuple[Tensor, Tensor]:
         """(B', 3, size, size) uint8 and the positions (B',) of those images that could be read."""
@@ -170,7 +216,9 @@ class Chunks(Dataset[Any]):
         found, pictures = [], []
         for i in index:
             try:
-                pictures.append(eval_view(self.source.pixels(int(i)), self.size))
+                pictures.append(
+                    eval_view(self.source.pixels(int(i)), self.size, self.interpolation)
+                )
                 found.append(int(i))
             except UnreadableImage:
                 continue

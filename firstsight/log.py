@@ -1,11 +1,16 @@
-"""Where figures go: log.jsonl, TensorBoard events, and the terminal."""
+"""Where figures go: log.jsonl and what else `--loggers` names, and the terminal."""
 
 from __future__ import annotations
 
+import csv
+import importlib.util
 import json
 import os
 import sys
 import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -42,21 +47,157 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-class Log:
-    """log.jsonl and TensorBoard events of a run; cut back to the step that the run goes on from."""
+class Writer(ABC):
+    """A place for figures: what `--loggers` names."""
 
-    def __init__(self, folder: Path, step: int) -> None:
+    @abstractmethod
+    def __init__(
+        self, folder: Path, step: int, kept: list[dict[str, Any]], settings: dict[str, Any]
+    ) -> None:
+        """Go on after `step` in a run folder whose records until then are `kept`."""
+
+    @abstractmethod
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """Put down the figures of a step; steps rise."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Write out what is buffered."""
+
+
+class _Lines(Writer):
+    """log.jsonl: an object a line."""
+
+    def __init__(
+        self, folder: Path, step: int, kept: list[dict[str, Any]], settings: dict[str, Any]
+    ) -> None:
         path = folder / "log.jsonl"
-        kept = [record for record in read_log(path) if record["step"] <= step]
         if path.exists():
             part = path.with_name(".log.part")
             part.write_text("".join(json.dumps(record) + "\n" for record in kept))
             part.replace(path)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115  closed in close()
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Table(Writer):
+    """log.csv: a row a step, a column for each figure that ever came; empty where it did not."""
+
+    def __init__(
+        self, folder: Path, step: int, kept: list[dict[str, Any]], settings: dict[str, Any]
+    ) -> None:
+        self._path = folder / "log.csv"
+        self._rows = list(kept)
+        self._start()
+
+    def _start(self) -> None:
+        """The whole file anew: only then can it get another column."""
+        self._columns = list(dict.fromkeys(["step", *(key for row in self._rows for key in row)]))
+        part = self._path.with_name(".log.csv.part")
+        with open(part, "w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(self._rows)
+        part.replace(self._path)
+        self._file = open(self._path, "a", buffering=1, newline="")  # noqa: SIM115  close()
+        self._writer = csv.DictWriter(self._file, self._columns)
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        row = {"step": step, **figures}
+        self._rows.append(row)
+        if row.keys() <= set(self._columns):
+            self._writer.writerow(row)
+        else:
+            self._file.close()
+            self._start()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Events(Writer):
+    """TensorBoard events, in `events/`."""
+
+    def __init__(
+        self, folder: Path, step: int, kept: list[dict[str, Any]], settings: dict[str, Any]
+    ) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self.last = kept[-1]["step"] if kept else -1
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115  closed in close()
         self._events = SummaryWriter(str(folder / "events"), purge_step=step + 1)
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class _Wandb(Writer):
+    """Weights & Biases, as the run whose id lies in wandb.txt; steps it has seen it passes over."""
+
+    def __init__(
+        self, folder: Path, step: int, kept: list[dict[str, Any]], settings: dict[str, Any]
+    ) -> None:
+        import wandb
+
+        note = folder / "wandb.txt"
+        if not note.exists():
+            note.write_text(uuid.uuid4().hex[:12])
+        self._run = wandb.init(
+            project="firstsight",
+            name=folder.name,
+            id=note.read_text(),
+            resume="allow",
+            dir=str(folder),
+            config=settings,
+        )
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        self._run.log(figures, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+WRITERS: dict[str, type[Writer]] = {
+    "jsonl": _Lines,
+    "tensorboard": _Events,
+    "csv": _Table,
+    "wandb": _Wandb,
+}
+"""What `--loggers` can name."""
+
+
+def require(loggers: Sequence[str]) -> None:
+    """Refuse loggers whose package is missing."""
+    if "wandb" in loggers and importlib.util.find_spec("wandb") is None:
+        raise UserError("--loggers wandb needs a package; pip install 'firstsight[wandb]'")
+
+
+class Log:
+    """The figures of a run, to all its writers; cut back to the step that the run goes on from.
+
+    log.jsonl is always among them: the summary, the report and resuming read it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        loggers: Sequence[str] = ("tensorboard",),
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        kept = [record for record in read_log(folder / "log.jsonl") if record["step"] <= step]
+        self.last = kept[-1]["step"] if kept else -1
+        self._folder = folder
+        names = dict.fromkeys(["jsonl", *loggers])
+        self._writers = [WRITERS[name](folder, step, kept, settings or {}) for name in names]
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """One record; a step is written once."""
@@ -64,19 +205,18 @@ class Log:
             return
         self.last = step
         try:
-            self._file.write(json.dumps({"step": step, **figures}) + "\n")
+            for writer in self._writers:
+                writer.write(step, figures)
         except OSError as error:
             reason = error.strerror
             raise UserError(
-                f"cannot write {self._file.name} ({reason}); make room and run again"
+                f"cannot write the log of {self._folder} ({reason}); make room and run again"
             ) from None
-        for name, value in figures.items():
-            self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Write out what is buffered."""
-        self._file.close()
-        self._events.close()
+        for writer in self._writers:
+            writer.close()
 
 
 def told(figures: dict[str, float]) -> str:
@@ -84,6 +224,8 @@ def told(figures: dict[str, float]) -> str:
     text = f"loss {figures['loss']:.3f}, {figures['images_per_second']:.0f} images/s"
     text += f", waited {figures['data_wait']:.0%}"
     readings = [f"k-NN {v:.1f} %" for k, v in figures.items() if k.startswith("knn")]
+    if linear := [v for k, v in figures.items() if k.startswith("linear")]:
+        readings.append(f"linear up to {max(linear):.1f} %")
     return ", ".join([text, *readings])
 
 

@@ -79,6 +79,17 @@ def ranked(summed: Tensor) -> Tensor:
     return summed.argsort(dim=1, descending=True, stable=True)
 
 
+def places(scores: Tensor, labels: Tensor) -> Tensor:
+    """(...) how many classes come before the true one, by `scores` (..., K) and `labels` (...).
+
+    Of equal scores the lowest class comes first; a score that is not a number comes last.
+    """
+    true = scores.gather(-1, labels[..., None])  # (..., 1)
+    later = torch.arange(scores.shape[-1], device=scores.device) >= labels[..., None]
+    behind = (scores < true) | ((scores == true) & later)  # the true class is behind itself
+    return (~behind).sum(dim=-1)
+
+
 def knn_predict(
     train: Tensor,
     labels: Tensor,

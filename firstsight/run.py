@@ -23,9 +23,9 @@ from firstsight import (
     trial,
 )
 from firstsight.errors import UserError
-from firstsight.features import Reader
-from firstsight.log import clock, read_log, say
-from firstsight.methods.base import Method
+from firstsight.evaluate.linear import PROTOCOLS, cached, stated
+from firstsight.features import Reader, Seen
+from firstsight.log import clock, read_log, require, say
 from firstsight.order import Epochs
 from firstsight.probe import KnnProbe
 from firstsight.report import write_report
@@ -39,8 +39,8 @@ from firstsight.settings import (
     read_yaml,
     write_yaml,
 )
-from firstsight.sources import open_source
-from firstsight.sources.base import Source
+from firstsight.sources import fetch, open_source
+from firstsight.sources.base import Source, class_count
 
 
 def pretrain(name: str, config: Pretrain) -> Path:
@@ -68,17 +68,22 @@ def pretrain(name: str, config: Pretrain) -> Path:
             return out
         untrained = methods.build(name, config, len(source)).backbone
         _say_what_chunks_change(name, config)
-        method, done, steps = _trained(name, config, source, probe, out)
-        if done < steps:
-            say(f"stopped at step {done} of {steps}")
+        method, done, wanted, seen = _trained(name, config, source, probe, out)
+        if done < wanted:
+            say(f"stopped at step {done} of {wanted}")
             raise SystemExit(130)
         untrained.to(distributed.device())
         pictures.save(out, config, source, probe, untrained, method.backbone)  # on all ranks
+        if probe and config.linear and seen is None:
+            seen = probe.see(method.backbone, len(probe.train), len(probe.test))
         if distributed.rank() == 0:
             about = state.about(method, config)
             checkpoint.save_backbone(out / "backbone.safetensors", method.backbone, about)
             checkpoint.write_json(out / "backbone.json", about)
-            checkpoint.write_json(summary, summarised(name, config, probe, out, done))
+            figures = summarised(name, config, probe, out, done)
+            if probe and config.linear and seen is not None:
+                figures |= linear_after(config, probe, seen)
+            checkpoint.write_json(summary, figures)
             write_report([out], out / "report.html")
             say(f"{out}: {_in_short(out)}; report in {out / 'report.html'}")
     return out
@@ -99,6 +104,9 @@ def dry_run(name: str, config: Pretrain) -> dict[str, Any]:
 def _opened(config: Pretrain) -> tuple[Pretrain, Source]:
     """The source, and all refused that can be before anything is written."""
     distributed.start(config.device, config.threads)
+    require(config.loggers)
+    if config.download:
+        fetch(config.data, config.probe_train, config.probe_test)
     source = open_source(config.data)
     config = dataclasses.replace(config, workers=_workers(config))
     _refuse_unequal_shares(config)
@@ -127,7 +135,7 @@ def _say_what_chunks_change(name: str, config: Pretrain) -> None:
 
 def _trained(
     name: str, config: Pretrain, source: Source, probe: KnnProbe | None, out: Path
-) -> tuple[Method, int, int]:
+) -> engine.Trained:
     """The engine's work; where memory is too small for it, what would fit is said."""
     try:
         return engine.pretrain(name, config, source, probe, out)
@@ -143,6 +151,12 @@ def demo(*, out: str, epochs: float, seed: int, device: str, threads: int) -> Pa
     chosen |= {"seed": seed, "device": device, "threads": threads}
     return pretrain("simclr", begun(defaults, own, chosen, "demo"))
 
+
+LINEAR_ROWS = 10_000_000
+"""Rows that the linear classifier after a run trains on, for each setting: a minute or two.
+
+Up to 100,000 images these are the 100 epochs of `evaluate linear`; of more, fewer epochs.
+"""
 
 DEMO: dict[str, Any] = {
     "data": "scenes:train",
@@ -273,12 +287,19 @@ def _probe(config: Pretrain, source: Source) -> KnnProbe | None:
     if not config.probe_test:
         if config.probe_train:
             raise UserError("--probe-train alone reads nothing; say what to classify: --probe-test")
+        if config.probe in ("linear", "both"):
+            raise UserError(
+                f"--probe {config.probe} needs labelled images to read; use --probe-test"
+            )
         return None
     if not config.probe_train and source.labels is None:
-        raise UserError(f"{source.spec} has no labels for the k-NN bank; use --probe-train SOURCE")
+        raise UserError(f"{source.spec} has no labels to learn from; use --probe-train SOURCE")
     reader = Reader.of(config)
+    train = open_source(config.probe_train) if config.probe_train else source
+    if config.probe in ("linear", "both") and train.labels is not None:
+        class_count(train)  # refuses one class alone
     return KnnProbe(
-        train=open_source(config.probe_train) if config.probe_train else source,
+        train=train,
         test=open_source(config.probe_test),
         reader=reader,
         k=config.probe_k,
@@ -304,13 +325,49 @@ def summarised(
         "bad_images": int(records[-1].get("bad_images", 0)),
         "versions": {"torch": torch.__version__},
     }
-    if probe is not None:
+    if probe is not None and config.probe in ("knn", "both"):
         summary["knn"] = {
             "untrained": next((r["knn"] for r in records if r["step"] == 0), None),
             "trained": records[-1].get("knn"),
             "protocol": probe.protocol,
         }
+    if probe is not None and config.probe in ("linear", "both"):
+        found = {k: v for k, v in records[-1].items() if k.startswith("linear_")}
+        summary["linear_online"] = {
+            **{k.replace("linear_", "learning rate "): v for k, v in found.items()},
+            "protocol": {
+                "optimizer": "sgd, momentum 0.9",
+                "schedule": "cosine over the run",
+                "learnt_from": f"{probe.train.spec}, every {config.probe_every} steps"
+                if config.probe_train
+                else "the batches of the run, first views, in training mode",
+                **probe.sources,
+            },
+        }
     return summary
+
+
+def linear_after(config: Pretrain, probe: KnnProbe, seen: Seen) -> dict[str, Any]:
+    """The reading of a linear classifier, for the summary; where there can be none, it is said."""
+    how = PROTOCOLS["cached"]
+    epochs = max(1, LINEAR_ROWS // max(1, len(seen.train)))
+    how = dataclasses.replace(how, epochs=min(how.epochs, epochs))
+    try:
+        figures = cached(seen, class_count(probe.train), how, config.seed)
+    except UserError as error:  # the run is done, and its other figures stand
+        say(f"no linear classifier: {error}")
+        return {}
+    return {
+        "linear": {
+            **{key: figures[key] for key in ("top1", "top5", "best_top1", "best_epoch")},
+            "protocol": {
+                **stated("cached", how),
+                "chosen": figures["chosen"],
+                "best_chosen_on": figures["best_chosen_on"],
+                **probe.sources,
+            },
+        }
+    }
 
 
 def _in_short(out: Path) -> str:
@@ -320,4 +377,6 @@ def _in_short(out: Path) -> str:
         knn = summary["knn"]
         figures = [f"{knn[when]:.1f} % {when}" for when in ("untrained", "trained") if knn[when]]
         text += f", k-NN {', '.join(figures)}"
+    if "linear" in summary:
+        text += f", linear {summary['linear']['top1']:.1f} %"
     return text

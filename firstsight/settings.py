@@ -1,7 +1,7 @@
 """Everything that a pretraining run can be told, and how it is read from YAML and flags.
 
 Nothing here imports torch: the command line must answer `--help` at once. Precedence, complete:
-class default < the method's paper defaults < `--config FILE` < flag.
+class default < the method's paper defaults < `--recipe` < `--config FILE` < flag.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SMALL = 64
 Kind = Literal["norm", "bias", "vector"]
 """Parameters that decay and LARS may treat apart: those of norm layers, biases of other layers,
 all others of one dimension (or none)."""
-Lars = Literal["larc", "barlow", "byol", "simclr", "pixpro", "scrl", "scrl-published"]
+Lars = Literal["larc", "barlow", "byol", "simclr", "pixpro", "scrl", "scrl-published", "solo"]
 """Names of the variants of LARS."""
 
 
@@ -65,6 +65,10 @@ class Pretrain:
     """SOURCE of the images: a folder, a .zip, scenes:train, ... Labels are not used."""
     out: str = ""
     """Folder of the run; an unfinished run found there goes on. Empty: runs/METHOD-NNN."""
+    download: bool = False
+    """Fetch cifar10:train, cifar100:..., stl10:... where their files are missing."""
+    recipe: str = ""
+    """Published settings to start from, by name; firstsight recipes lists them."""
     backbone: str = "resnet50"
     """Network: resnet18 to resnet152, or timm:NAME."""
     stem: Literal["standard", "small"] = "standard"
@@ -130,17 +134,25 @@ class Pretrain:
     method: Any = field(default_factory=NoSettings)
     """The method's own settings."""
     probe_train: str = ""
-    """Labelled SOURCE for k-NN readings: the bank. Empty: the labels of --data, if it has any."""
+    """Labelled SOURCE for readings to learn from. Empty: the labels of --data, if it has any."""
     probe_test: str = ""
-    """Labelled SOURCE for k-NN readings: what is classified."""
+    """Labelled SOURCE for readings: what is classified."""
     probe_readings: int = 5
-    """k-NN readings during the run, evenly spread; before and after come on top."""
+    """Readings during the run, evenly spread; before and after come on top."""
     probe_images: int = 4000
     """Images of the bank (half as many queries) in readings during the run; the last uses all."""
     probe_k: int = 20
     """Neighbours that vote."""
     probe_temperature: float = 0.07
     """Temperature of the votes."""
+    probe: Literal["knn", "linear", "both", "none"] = "knn"
+    """What is read on the way, where there are labels: k-NN, linear probes that train along."""
+    probe_lrs: tuple[float, ...] = (0.01, 0.1, 1.0)
+    """Peak learning rates of the linear probes: one probe for each, all at once."""
+    probe_every: int = 20
+    """Steps between batches of --probe-train for linear probes; labels of --data: every step."""
+    linear: bool = True
+    """Train a linear classifier on frozen features after the run, where there are labels."""
     max_bad: float = 0.01
     """Share of undecodable images above which the run refuses to go on."""
     save_every: int = 500
@@ -149,6 +161,8 @@ class Pretrain:
     """Checkpoints kept; older ones are removed."""
     log_every: int = 10
     """Steps between lines of log.jsonl."""
+    loggers: tuple[Literal["jsonl", "tensorboard", "csv", "wandb"], ...] = ("jsonl", "tensorboard")
+    """Where figures go; log.jsonl is written in any case."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train."""
     threads: int = 0
@@ -162,6 +176,9 @@ class Pretrain:
         require_positive("--", self, "size", "epochs", "save_every", "log_every", "keep")
         require_positive("--", self, "accumulate")
         require_positive("--", self, "base_lr", "probe_k", "probe_temperature", "probe_images")
+        require_positive("--", self, "probe_every")
+        if not self.probe_lrs or not all(0 < lr < math.inf for lr in self.probe_lrs):
+            raise UserError(f"--probe-lrs takes numbers above 0, not {self.probe_lrs}")
         require_share("--", self, "max_bad", "lr_start", "lr_end")
         counts = ("threads", "probe_readings", "seed")
         for name in ("weight_decay", "warmup_epochs", "clip_norm", "clip_param", *counts):
@@ -190,8 +207,8 @@ class Pretrain:
 
 
 UNBOUND = (
-    *("out", "device", "threads", "workers", "max_bad", "dry_run"),
-    *("log_every", "save_every", "keep"),
+    *("out", "recipe", "download", "device", "threads", "workers", "max_bad", "dry_run"),
+    *("log_every", "loggers", "save_every", "keep"),
 )
 """Settings that may differ when a run goes on: they do not change what is computed."""
 
@@ -279,6 +296,8 @@ def _read(value: Any, kind: Any, where: str) -> Any:
         kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
         if len(kinds) == len(value):
             return tuple(_read(v, k, where) for v, k in zip(value, kinds, strict=True))
+    elif kind is bool and (told := truth(value)) is not None:
+        return told
     elif kind is float and not isinstance(value, bool):
         try:
             return float(value)
@@ -292,6 +311,14 @@ def _read(value: Any, kind: Any, where: str) -> Any:
     elif isinstance(value, kind) and (kind is not int or not isinstance(value, bool)):
         return value
     raise UserError(f"{where}: {value!r} is not {getattr(kind, '__name__', kind)}")
+
+
+def truth(value: Any) -> bool | None:
+    """What a switch is told: yes, true, t, y, 1 or their opposites in any case; None: neither."""
+    word = str(value).lower()
+    if word in ("yes", "true", "t", "y", "1"):
+        return True
+    return False if word in ("no", "false", "f", "n", "0") else None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

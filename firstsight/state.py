@@ -12,6 +12,7 @@ from firstsight import checkpoint
 from firstsight.errors import UserError
 from firstsight.log import say
 from firstsight.methods.base import Method
+from firstsight.probe import Online
 from firstsight.settings import Pretrain, plain
 from firstsight.sources.base import Source
 
@@ -27,6 +28,7 @@ class State:
     method: Method
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    online: Online | None = None
     step: int = 0
     """Optimiser steps done."""
     seconds: float = 0.0
@@ -55,6 +57,8 @@ class State:
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
+        if self.online:
+            self.online.load_state_dict(saved.get("probes", {}))
         self.step, self.seconds = int(saved["step"]), float(saved["seconds"])
         self.skipped, self.bad = int(saved.get("skipped", 0)), set(saved["bad"])
 
@@ -64,6 +68,7 @@ class State:
         values |= {"skipped": self.skipped, "bad": sorted(self.bad)}
         values |= {"method": self.method.state_dict(), "optimizer": self.optimizer.state_dict()}
         values |= {"scaler": self.scaler.state_dict(), "source": self._fingerprint}
+        values |= {"probes": self.online.state_dict() if self.online else {}}
         values |= {"about": about(self.method, self.config)}
         values |= {"name": self.name, "settings": plain(self.config)}
         checkpoint.save(self.out / "checkpoints", self.step, values, self.config.keep)

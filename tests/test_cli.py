@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from firstsight import cli, settings
+from firstsight import cli, flags, settings
 from firstsight.errors import UserError
 
 
@@ -21,10 +21,15 @@ def failing(capsys, *args):
     return capsys.readouterr().err
 
 
+LIGHT = ["", "pretrain", "pretrain mocov2 --help", "evaluate", "evaluate knn -h", "recipes"]
+LIGHT += ["recipes -h", "recipes byol-1000ep", "data", "data sort-imagenet-val -h"]
+LIGHT += ["report -h", "demo -h", "evaluate linear -h"]
+
+
 def test_help_and_flags_come_without_torch():
     script = (
         "import sys\nfrom firstsight import cli\n"
-        "for line in '', 'pretrain', 'pretrain mocov2 --help', 'evaluate knn -h':\n"
+        f"for line in {LIGHT}:\n"
         "    try:\n        cli.main(line.split())\n    except SystemExit as error:\n"
         "        assert not error.code\n"
         "assert 'torch' not in sys.modules, 'torch'\nassert 'cv2' not in sys.modules, 'cv2'\n"
@@ -66,7 +71,7 @@ def test_a_config_file_gives_way_to_flags_and_refuses_what_it_does_not_know(tmp_
     start = settings.begun(defaults, own, values, str(file))
     assert start.weight_decay == 1e-6 and start.epochs == 7.0
     assert start.views.min_scale == (0.3,) and start.method.dim == 64
-    parsed = cli._flagged(
+    parsed = flags.flagged(
         settings.Pretrain, ["--epochs", "9", "--views/gray", "0.1"], "pretrain", "", start
     )
     assert parsed.epochs == 9.0 and parsed.views.gray == 0.1 and parsed.method.dim == 64
@@ -77,6 +82,39 @@ def test_a_config_file_gives_way_to_flags_and_refuses_what_it_does_not_know(tmp_
     assert "soon" in failing(capsys, "pretrain", "mocov2", "--config", str(file))
     file.write_text("size: !!python/object/apply:os.system ['true']\n")
     assert "not plain YAML" in failing(capsys, "pretrain", "mocov2", "--config", str(file))
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [(w, True) for w in ("yes", "Yes", "true", "TRUE", "t", "Y", "1", True)]
+    + [(w, False) for w in ("no", "NO", "false", "False", "F", "n", "0", False)],
+)
+def test_switches_are_told_in_any_spelling(word, meant):
+    start = settings.Pretrain(data="x")
+    assert settings.merged(start, {"compile": word}, "c.yaml").compile is meant
+    for args in (
+        ["--compile", str(word)],
+        [f"--compile={word}"],
+        ["--compile", str(word), "--seed", "1"],
+    ):
+        assert flags.flagged(settings.Pretrain, args, "pretrain", "", start).compile is meant
+
+
+def test_a_switch_alone_is_on_and_eats_nothing():
+    start = settings.Pretrain(data="x")
+    for args in (["--compile"], ["--compile", "--dry-run", "no", "--epochs", "1"]):
+        parsed = flags.flagged(settings.Pretrain, args, "pretrain", "", start)
+        assert parsed.compile and not parsed.dry_run
+    assert parsed.epochs == 1.0
+    with pytest.raises(UserError, match="'maybe' is not bool"):
+        settings.merged(start, {"compile": "maybe"}, "c.yaml")
+
+
+def test_a_slash_is_a_dot_in_flags():
+    start = settings.Pretrain(data="x")
+    for args in (["--views/gray", "0.1"], ["--views/gray=0.1"], ["--views.gray", "1e-1"]):
+        assert flags.flagged(settings.Pretrain, args, "pretrain", "", start).views.gray == 0.1
+    assert flags.flagged(settings.Pretrain, ["--data=a/b"], "", "", start).data == "a/b"
 
 
 def test_a_resolved_config_replays_itself(tmp_path):
@@ -90,11 +128,12 @@ def test_a_resolved_config_replays_itself(tmp_path):
         assert settings.merged(start, values, "replay") == changed
 
 
-def test_options_of_a_command_are_the_parameters_of_its_function():
-    from firstsight.evaluate import knn
+@pytest.mark.parametrize(("options", "name"), [(cli.Knn, "knn"), (cli.Linear, "linear")])
+def test_options_of_a_command_are_the_parameters_of_its_function(options, name):
+    from firstsight import evaluate
 
-    parameters = inspect.signature(knn).parameters
-    for field in dataclasses.fields(cli.Knn):
+    parameters = inspect.signature(getattr(evaluate, name)).parameters
+    for field in dataclasses.fields(options):
         if field.name == "checkpoint":
             continue
         default = parameters[field.name].default
@@ -102,7 +141,7 @@ def test_options_of_a_command_are_the_parameters_of_its_function():
             assert default is inspect.Parameter.empty
         else:
             assert default == field.default
-    assert len(parameters) == len(dataclasses.fields(cli.Knn))
+    assert len(parameters) == len(dataclasses.fields(options))
 
 
 def test_bad_sources_are_one_sentence(tmp_path, capsys):
@@ -157,6 +196,14 @@ def test_knn_writes_what_it_prints(tmp_path, capsys):
     assert result["images"] == {"train": 60, "test": 30}
     assert result["protocol"]["temperature"] == 0.07 and "versions" in result["protocol"]
     assert f"{result['k']['5']['top1']:.2f}" in capsys.readouterr().out
+
+
+def test_protocols_offered_are_those_there_are():
+    from typing import get_args, get_type_hints
+
+    from firstsight.evaluate.linear import PROTOCOLS
+
+    assert set(get_args(get_type_hints(cli.Linear)["protocol"])) == PROTOCOLS.keys()
 
 
 def test_the_same_from_python():

@@ -67,6 +67,17 @@ def test_a_bad_file_is_named_and_replaced_by_always_the_same_one():
             assert same == (index not in (5, 17))  # all others are as if nothing had happened
 
 
+def test_the_label_is_that_of_the_image_that_is_seen():
+    bad = Patches(unreadable=tuple(range(10, 20)))
+    others = 0
+    for batch in steps_of(bad, 0, count=6):
+        for index, label in zip(batch.index.tolist(), batch.label.tolist(), strict=True):
+            found, _ = loader.readable(bad, index, 0, [])
+            assert label == bad.labels[found] and found not in bad.unreadable
+            others += label != bad.labels[index]
+    assert others
+
+
 def test_too_many_bad_files_stop_the_run_and_are_counted(tmp_path, capsys):
     with pytest.raises(UserError, match=r"1 images cannot be decoded, .*--max-bad allows 0"):
         train(tmp_path / "a", Patches(unreadable=(3, 4, 5)))
@@ -136,8 +147,8 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, capsys):
     train(tmp_path, keep=3)
     newest = (tmp_path / "checkpoints" / "last").resolve()
     newest.write_bytes(newest.read_bytes()[:5000])
-    _, done, steps = train(tmp_path, keep=3)
-    assert done == steps == 12
+    trained = train(tmp_path, keep=3)
+    assert trained.done == trained.wanted == 12
     assert "is not a readable checkpoint" in capsys.readouterr().err
 
 
@@ -327,6 +338,7 @@ def _rank_of_a_run(rank, port, folder):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     values = {"probe_test": "scenes:test@20", "precision": "auto", "probe_readings": 1}
+    values |= {"probe": "both", "probe_train": "scenes:train@21", "probe_every": 3}
     run.pretrain("mocov2", config("mocov2", folder, data="scenes:train@32", **values))
 
 
@@ -345,6 +357,7 @@ def test_two_ranks_walk_the_whole_road(tmp_path):
         assert process.exitcode == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 8 and summary["knn"]["trained"] is not None
+    assert {"linear", "linear_online"} <= summary.keys()
     assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == list(range(9))
 
 

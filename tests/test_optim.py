@@ -72,6 +72,10 @@ def looped(variant, rates, value, gradients, decay, excluded):
         elif excluded:
             if variant == "scrl-published":
                 g = [x * lr for x in g]
+        elif variant == "solo":
+            if size != 0 and length(g) != 0:
+                ratio = min(0.02 * size / (length(g) + decay * size + 1e-8) / lr, 1)
+                g = [(x + decay * w) * ratio for x, w in zip(g, p, strict=True)]
         elif variant in ("scrl", "scrl-published"):
             ratio = 1.0
             if size > 0 and length(g) > 0:
@@ -103,6 +107,7 @@ def test_every_variant_is_its_plain_loop(variant):
         (zero, [zero] * 5),
         (waves((5,), 0.2) * 1e-9, [waves((5,), phase) * 1e-9 for phase in (1, 2, 3, 4, 5)]),
         (waves((4,), 0.3), [waves((4,), phase) for phase in (1, 2, 3, 4, 5)]),
+        (some, [some * 1e-3] * 5),  # so short a gradient that a ratio may have to be cut
     ]
     excluded = () if variant == "larc" else (5,)
     got = stepped(variant, rates, weights, decay=0.1, excluded=excluded)
@@ -144,7 +149,8 @@ def test_what_each_variant_excludes():
     norms = {f"{owner}.{kind}" for owner in owners for kind in ("weight", "bias")}
     assert excluded("larc") == set()
     assert excluded("byol") == excluded("simclr") == excluded("scrl") == norms | {"head.bias"}
-    assert excluded("barlow") == excluded("pixpro") == norms | {"head.bias", "scale"}
+    for variant in ("barlow", "pixpro", "solo"):
+        assert excluded(variant) == norms | {"head.bias", "scale"}
     by_name = {name for name in names.values() if "bias" in name} | {"layer1.0.bn2.weight"}
     assert excluded("scrl-published") == by_name
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from firstsight import keyed, optim
 from firstsight.errors import UserError
-from firstsight.heads import mlp
 from firstsight.nets import MomentumEncoder, Queue
 from firstsight.norms import SplitBatchNorm, split_batch_norm
 from firstsight.order import Epochs
+from firstsight.projectors import mlp
 from firstsight.schedule import Schedule
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from firstsight import checkpoint, cli, distributed, engine, methods, run, trial
+from firstsight import checkpoint, cli, distributed, engine, flags, methods, run, trial
 from firstsight.errors import UserError
 from tests.tiny import NETWORK, Patches, config
 
@@ -112,7 +112,7 @@ def test_switches_need_no_value():
         (["--method.symmetric", "True", "--compile=True"], (False, True, True)),
         (["--method/symmetric"], (False, False, True)),
     ):
-        got = cli._flagged(type(start), args, "pretrain", "", start)
+        got = flags.flagged(type(start), args, "pretrain", "", start)
         assert (got.dry_run, got.compile, got.method.symmetric) == wanted, args
 
 

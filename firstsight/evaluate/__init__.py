@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from firstsight.evaluate.knn import knn
+from firstsight.evaluate.linear import linear
+from firstsight.evaluate.snapshots import over_snapshots
 
-__all__ = ["knn"]
+__all__ = ["knn", "linear", "over_snapshots"]

@@ -16,9 +16,9 @@ from firstsight.errors import UserError
 from firstsight.features import Reader, extract, subset
 from firstsight.metrics import Metric, Weighting, knn_accuracy
 from firstsight.settings import Pretrain, merged, read_yaml
-from firstsight.sources import open_source
+from firstsight.sources import fetch, open_source
 from firstsight.sources.base import common_labels
-from firstsight.views import IMAGENET_MEAN, IMAGENET_STD, Views
+from firstsight.views import Views
 
 
 def knn(
@@ -36,6 +36,7 @@ def knn(
     precision: Literal["fp32", "bf16"] = "fp32",
     batch_size: int = 256,
     workers: int = 0,
+    download: bool = False,
     device: str = "auto",
     threads: int = 0,
     seed: int = 0,
@@ -48,15 +49,10 @@ def knn(
     began = time.perf_counter()
     where = distributed.start(device, threads)
     backbone, about = _network(checkpoint_spec, layer)
-    reader = Reader(
-        size=size or int(about.get("size", 224)),
-        mean=tuple(about.get("mean", IMAGENET_MEAN)),
-        std=tuple(about.get("std", IMAGENET_STD)),
-        precision=precision,
-        batch_size=batch_size,
-        workers=workers,
-    )
+    reader = Reader.like(about, size, precision=precision, batch_size=batch_size, workers=workers)
     backbone.to(where)
+    if download:
+        fetch(train, test)
     source, asked = open_source(train), open_source(test)
     labels, asked_labels = common_labels(source, asked, "--train", "--test")
     some = subset(source, train_images, seed) if train_images else None

@@ -237,6 +237,7 @@ def _curves(runs: Sequence[Run]) -> str:
     large = [
         chart("Loss", of("loss"), smooth=True, large=True, until=until, note=_LOSS_NOTE),
         _knn_chart(runs),
+        _linear_chart(runs),
     ]
     small = [
         chart("Learning rate", of("lr"), from_zero=True, until=until),
@@ -256,8 +257,10 @@ def _curves(runs: Sequence[Run]) -> str:
     small += [
         chart(name.replace("_", " ").capitalize(), of(name), smooth=True, until=until)
         for name in others
-        if name not in (*_KNOWN, *_READINGS)
+        if name not in (*_KNOWN, *_READINGS) and not name.startswith("linear_")
     ]
+    taken = dict.fromkeys(name for run in runs for name in run.readings)
+    large += [_reading_chart(name, runs) for name in taken]
     groups = [("curves", large), ("curves small", small)]
     return "".join(f'<div class="{c}">\n{"".join(g)}</div>\n' for c, g in groups if any(g))
 
@@ -287,6 +290,48 @@ def _knn_chart(runs: Sequence[Run]) -> str:
         level=(chance, f"chance {chance:.3g}{_PERCENT}") if chance is not None else None,
         note=f"Filled: all images. Hollow: quick readings on a part of them{least}. "
         "Step 0: untrained.",
+    )
+
+
+def _linear_chart(runs: Sequence[Run]) -> str:
+    """The linear probes: one run by learning rate, several runs each by its best in the end."""
+    series = []
+    for colour, run in enumerate(runs):
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for name in (n for n in run.scalars if n.startswith("linear_")):
+            lr = name.rpartition("_")[2]
+            curves[lr] = sorted(curves.get(lr, []) + run.curve(name))
+        if len(runs) > 1 and curves:
+            best = max(curves, key=lambda lr: curves[lr][-1][1])
+            curves = {f"{run.label}, {best}": curves[best]}
+        for place, (lr, points) in enumerate(curves.items()):
+            colours = colour if len(runs) > 1 else place
+            series.append(Series(label=lr, colour=colours, points=points))
+    return chart(
+        "Linear probes, by learning rate",
+        series,
+        unit=_PERCENT,
+        marked=True,
+        large=True,
+        until=max(run.steps for run in runs),
+        note="Accuracy on a part of the test images, at the end on all of them. Of several runs, "
+        "the probe that ends best.",
+    )
+
+
+def _reading_chart(name: str, runs: Sequence[Run]) -> str:
+    series = [
+        Series(label=run.label, colour=colour, points=run.readings.get(name, []))
+        for colour, run in enumerate(runs)
+    ]
+    return chart(
+        f"{name} of the snapshots",
+        series,
+        unit=_PERCENT,
+        marked=True,
+        large=True,
+        until=max(run.steps for run in runs),
+        note=f"Top-1, as {name}.json in the run's folder of readings has it with its protocol.",
     )
 
 

@@ -34,6 +34,8 @@ class Run:
     """Empty while the run is not finished."""
     about: dict[str, Any]
     """backbone.json; empty while the run is not finished."""
+    readings: dict[str, list[tuple[float, float]]]
+    """(step, percent) of the readings that were taken of the run's snapshots, by name."""
     pictures: dict[str, str]
     """Pictures by name, as data URIs."""
     captions: dict[str, str]
@@ -161,6 +163,7 @@ def _read(folder: Path, label: str) -> Run:
         records=records,
         summary=_json(folder / "summary.json"),
         about=_json(folder / "backbone.json"),
+        readings={path.stem: _reading(path) for path in sorted(folder.glob("readings/*.json"))},
         pictures=_pictures(folder / "pictures"),
         captions={name: text for name, text in captions.items() if isinstance(text, str)},
     )
@@ -195,6 +198,14 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it and report again") from None
     return value if isinstance(value, dict) else {}
+
+
+def _reading(path: Path) -> list[tuple[float, float]]:
+    try:
+        results = json.loads(path.read_text())
+        return [(float(one["step"]), float(one["top1"])) for one in results]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it and report again") from None
 
 
 def _pictures(folder: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
@@ -14,6 +15,12 @@ from firstsight.settings import UNBOUND
 
 NONE = "\N{EN DASH}"
 """Stands where there is no figure."""
+
+_KINDS = {
+    "knn": "k-NN",
+    "linear": "Linear classifier on frozen features",
+    "linear_online": "Linear probes during the run",
+}
 
 _AT_A_GLANCE = 16
 """Rows of a table that is not folded away."""
@@ -58,7 +65,7 @@ def _reading(kind: str, runs: Sequence[Run]) -> str:
     figures = [flat({k: v for k, v in reading.items() if k != "protocol"}) for reading in found]
     protocols = [flat(_inner(reading.get("protocol"))) for reading in found]
     differing = unlike([protocol for protocol in protocols if protocol])
-    name = escape({"knn": "k-NN", "linear": "Linear probe"}.get(kind, _worded(kind)))
+    name = escape(_KINDS.get(kind, _worded(kind)))
     heads = ["Value"] if len(runs) == 1 else _heads(runs)
     came_out = table(
         ["Figure", *heads],
@@ -169,7 +176,7 @@ def _inner(value: Any) -> dict[str, Any]:
 
 
 def _worded(name: str) -> str:
-    return name.replace(".", ", ").replace("-", " ").replace("_", " ")
+    return re.sub(r"\.(?!\d)", ", ", name).replace("-", " ").replace("_", " ")  # 0.1 stays
 
 
 def _exact(value: Any) -> str:

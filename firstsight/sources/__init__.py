@@ -11,22 +11,39 @@ import re
 from firstsight.errors import UserError, unknown
 from firstsight.sources.base import Source, UnreadableImage
 
-__all__ = ["Source", "UnreadableImage", "open_source"]
+__all__ = ["Source", "UnreadableImage", "fetch", "open_source"]
 
+_TORCHVISION = ("cifar10:", "cifar100:", "stl10:", "imagenet:")
 _SCENES = ("scenes:train", "scenes:test")
-_UNDERSTOOD = "a folder of images, a .zip archive, scenes:train, scenes:test, scenes:train@N"
+_NAMES = (*_SCENES, "scenes:train@N", "cifar10:train", "cifar100:train", "stl10:train")
+_UNDERSTOOD = (
+    "a folder of images, a .zip archive, scenes:train, scenes:test, scenes:train@N, cifar10:train, "
+    "cifar100:train, stl10:train, imagenet:train@ROOT"
+)
 
 
 def open_source(spec: str) -> Source:
-    """The source that `spec` names: a folder, a `.zip`, `scenes:train` or `scenes:test`.
+    """The source that `spec` names: a folder, a `.zip`, `scenes:train`, `cifar10:train`, ...
 
-    `@N` behind a scenes name is the number of images. A folder or an archive that exists wins over
-    a name that looks the same. Raises `UserError` where `spec` is nothing of this, or what it names
-    cannot be used.
+    `@N` behind a scenes name is the number of images, `@ROOT` behind that of a torchvision set the
+    folder of its files (else FIRSTSIGHT_DATA, else `data` in the cache). A folder or an archive
+    that exists wins over a name that looks the same. Raises `UserError` where `spec` is nothing of
+    this, or what it names cannot be used.
     """
     source = _open(os.fspath(spec))
     source.spec = os.fspath(spec)
     return source
+
+
+def fetch(*specs: str) -> None:
+    """Download what torchvision sets among `specs` lack (by the first of several ranks)."""
+    from firstsight import distributed
+    from firstsight.sources.named import download
+
+    if distributed.rank() == 0:
+        for spec in specs:
+            download(spec)
+    distributed.barrier()
 
 
 def _open(spec: str) -> Source:
@@ -52,8 +69,13 @@ def _open(spec: str) -> Source:
                 f"--data {name}@500"
             )
         return Scenes(name.partition(":")[2], int(number))
+    if spec.startswith(_TORCHVISION) and not os.path.exists(spec):
+        from firstsight.sources.named import open_named, parts
+
+        if (named := parts(spec)) is not None:
+            return open_named(*named)
     if os.path.exists(spec):
         raise UserError(f"{spec!r} is a file of no known kind; point --data at {_UNDERSTOOD}")
     if re.fullmatch(r"[A-Za-z0-9_-]+:\S*", spec):  # looks like a name, not like a path
-        raise unknown("source", spec, (*_SCENES, "scenes:train@N"))
+        raise unknown("source", spec, (*_NAMES, "imagenet:train@ROOT"))
     raise UserError(f"there is no {spec!r}; point --data at {_UNDERSTOOD}")

@@ -78,3 +78,13 @@ def common_labels(
         )
     renumbered = np.array([number[name] for name in test.classes], np.int64)
     return bank.labels, renumbered[test.labels]
+
+
+def class_count(source: Source) -> int:
+    """K, the classes of a labelled source; images of one class alone are refused."""
+    assert source.labels is not None
+    if len(np.unique(source.labels)) < 2:
+        raise UserError(
+            f"{source.spec} has images of one class only; a classifier needs two or more"
+        )
+    return max(len(source.classes), int(source.labels.max()) + 1)

@@ -1,14 +1,24 @@
-"""Which paths are images, and which classes their folders spell."""
+"""Which paths are images, which classes their folders spell, and where a cache lies."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 EXTENSIONS = ("jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp", "gif")
 """What the name of an image ends in, in upper or lower case."""
+
+
+def cache_folder() -> Path:
+    """FIRSTSIGHT_CACHE, else `firstsight` in XDG_CACHE_HOME, else in `~/.cache`."""
+    named = os.environ.get("FIRSTSIGHT_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "firstsight"
 
 
 def is_image(path: str) -> bool:

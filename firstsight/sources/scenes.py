@@ -19,6 +19,7 @@ from firstsight import keyed
 from firstsight.errors import unknown
 from firstsight.sources.base import Pixels, Source
 from firstsight.sources.painting import CLASSES, SIZE, VERSION, paint
+from firstsight.sources.paths import cache_folder
 
 COUNTS = {"train": 4000, "test": 1000}
 """How many pictures each split has, unless told."""
@@ -97,7 +98,7 @@ def _labels(split: str, count: int) -> NDArray[np.int64]:
 
 
 def _load_or_paint(split: str, count: int) -> NDArray[np.void]:
-    file = _cache_folder() / f"scenes-v{VERSION}-{split}-{count}.npy"
+    file = cache_folder() / f"scenes-v{VERSION}-{split}-{count}.npy"
     rows = _load(file, count)
     if rows is None:
         if count > 500:  # noticeable: some 2 ms each on two cores
@@ -108,13 +109,6 @@ def _load_or_paint(split: str, count: int) -> NDArray[np.void]:
         if rows is None:
             return painted
     return rows
-
-
-def _cache_folder() -> Path:
-    named = os.environ.get("FIRSTSIGHT_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "firstsight"
 
 
 def _load(file: Path, count: int) -> NDArray[np.void] | None:

@@ -136,10 +136,10 @@ def test_a_full_disk_leaves_no_half_file(cache, monkeypatch):
 def test_where_the_cache_lies(monkeypatch, tmp_path):
     monkeypatch.delenv("FIRSTSIGHT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert scenes._cache_folder() == tmp_path / "firstsight"
+    assert scenes.cache_folder() == tmp_path / "firstsight"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert scenes._cache_folder() == tmp_path / ".cache" / "firstsight"
+    assert scenes.cache_folder() == tmp_path / ".cache" / "firstsight"
 
 
 def test_pickles_without_its_pictures():

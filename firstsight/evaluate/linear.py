@@ -1,0 +1,538 @@
+"""A linear classifier on frozen features: how well classes can be told apart by one linear layer.
+
+Two ways. On **cached features** (the default): features are extracted once, several learning
+rates and weight decays are trained side by side, one of them is chosen on a held-out tenth of the
+training images, trained again on all of them, and read on the test images. Or **as published**:
+the protocols of the papers, which train on random crops and so read images in every epoch.
+
+What the test images decide is never called the result: `top1` is that of the last epoch; the best
+epoch stands beside it, marked as chosen on them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from firstsight import checkpoint, distributed, keyed
+from firstsight.backbones import Backbone
+from firstsight.errors import UserError, require_positive, require_share, unknown
+from firstsight.features import Reader, Seen, extract, pooled
+from firstsight.heads import Descent, Heads
+from firstsight.loader import Steps, batches
+from firstsight.log import Meter, say
+from firstsight.order import Epochs
+from firstsight.schedule import Schedule
+from firstsight.settings import plain
+from firstsight.sources import open_source
+from firstsight.sources.base import Source, class_count, common_labels
+from firstsight.views import Interpolation, Views
+
+Representation = Literal["original", "norm", "standard"]
+
+HELD_OUT = 10
+"""Of so many training images one is held out while settings are compared."""
+
+_RATES = (1e-3, 1e-2, 0.1, 1.0)
+_DECAYS = (0.0, 1e-3, 1e-2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How a linear classifier is trained. SGD with momentum; its backbone is never trained."""
+
+    augment: bool = True
+    """Train on random crops and flips, drawn anew in each epoch; or on features extracted once."""
+    lr: tuple[float, ...] = ()
+    """Peak learning rates, absolute: several are compared (on cached features)."""
+    base_lr: float | None = None
+    """Peak learning rate per 256 images of a batch, where `lr` is empty."""
+    weight_decay: tuple[float, ...] = (0.0,)
+    """Weight decays: each is tried with each learning rate."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov's momentum."""
+    batch_size: int = 256
+    """Images a step, over all ranks."""
+    epochs: int = 100
+    """Passes over the training images."""
+    warmup_epochs: float = 0
+    """Epochs in which the learning rate rises linearly from zero."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """Learning rate after the warm-up: half a cosine to zero, or times 0.1 at each drop."""
+    drops: tuple[float, ...] = (0.6, 0.8)
+    """Where the step schedule drops, as shares of the epochs."""
+    once_an_epoch: bool = False
+    """The learning rate changes between epochs only, not at every step."""
+    init_std: float = 0.01
+    """Standard deviation of the first weights, biases 0; 0: as torch draws a linear layer."""
+    representation: Representation = "original"
+    """Features as they are; of unit length; or each of mean 0 and deviation 1 over the training
+    images."""
+    min_scale: float = 0.08
+    """Smallest random crop, share of the image area."""
+    interpolation: Interpolation = "bilinear"
+    """Filter of the resize, in training and testing."""
+
+    def __post_init__(self) -> None:
+        require_positive("--", self, "batch_size", "epochs", "min_scale")
+        require_share("--", self, "momentum", "min_scale")
+        for flag, values in (("--lr", self.peaks), ("--weight-decay", self.weight_decay)):
+            low = 0 if flag == "--weight-decay" else 1e-12
+            if not values or not all(low <= value < math.inf for value in values):
+                raise UserError(f"{flag} {values} will not do; give finite numbers above 0")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise UserError(
+                f"a warm-up of {self.warmup_epochs:g} epochs does not fit into {self.epochs}; "
+                f"use --warmup-epochs {self.epochs / 10:g}"
+            )
+        if not 0 <= self.init_std < math.inf:
+            raise UserError(f"--init-std must not be below 0: {self.init_std}")
+        if self.nesterov and not self.momentum:
+            raise UserError("--nesterov True needs a --momentum above 0")
+        if self.augment and len(self.settings) > 1:
+            raise UserError(
+                "several settings are compared on cached features: use --protocol cached, "
+                "or one --lr and one --weight-decay"
+            )
+        if self.augment and self.representation == "standard":
+            raise UserError(
+                "--representation standard needs cached features; use original or norm, "
+                "or --protocol cached"
+            )
+
+    @property
+    def peaks(self) -> tuple[float, ...]:
+        """The absolute learning rates at the end of the warm-up."""
+        scaled = () if self.base_lr is None else (self.base_lr * self.batch_size / 256,)
+        return self.lr or scaled
+
+    @property
+    def settings(self) -> list[tuple[float, float]]:
+        """(learning rate, weight decay) of each classifier that is trained."""
+        return list(itertools.product(self.peaks, self.weight_decay))
+
+    def rate(self, step: int, steps_an_epoch: int) -> float:
+        """The learning rate of `step` (from 0), as a share of its peak."""
+        if self.once_an_epoch:
+            step -= step % steps_an_epoch
+        return Schedule(
+            steps=self.epochs * steps_an_epoch,
+            peak=1.0,
+            warmup=round(self.warmup_epochs * steps_an_epoch),
+            shape=self.schedule,
+            drops=self.drops,
+        ).rate(step)
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    "cached": Protocol(augment=False, lr=_RATES, weight_decay=_DECAYS, representation="standard"),
+    # He et al. 2020, section 4.1 (https://arxiv.org/abs/1911.05722), and its code
+    "moco": Protocol(lr=(30.0,), schedule="step"),
+    # Cao et al. 2020 (https://arxiv.org/abs/2006.14618) and its code.
+    # differs from the paper: its code lets batch-norm run in training mode, here statistics rest.
+    "pic": Protocol(lr=(30.0,), warmup_epochs=5, init_std=0.0),
+    # Grill et al. 2020, appendix C.1 (https://arxiv.org/abs/2006.07733)
+    "byol": Protocol(
+        base_lr=0.2,
+        nesterov=True,
+        batch_size=1024,
+        epochs=80,
+        init_std=0.0,
+        interpolation="bicubic",
+    ),
+    # Roh et al. 2021 (https://arxiv.org/abs/2103.06122) and its code; its BYOL takes base_lr 0.05.
+    # differs from the paper: SGD in place of LARS around it (trust 0.001, nothing excluded).
+    "scrl": Protocol(
+        base_lr=0.2,
+        nesterov=True,
+        batch_size=4096,
+        epochs=80,
+        warmup_epochs=5,
+        init_std=0.0,
+        interpolation="bicubic",
+    ),
+    # Caron et al. 2020 (https://arxiv.org/abs/2006.09882) and its code
+    "swav": Protocol(lr=(0.3,), weight_decay=(1e-6,), once_an_epoch=True),
+    # Caron et al. 2021 (https://arxiv.org/abs/2104.14294) and its code.
+    # differs from the paper: pooled features of the last block, not class tokens of several.
+    "dino": Protocol(base_lr=0.001, batch_size=1024, once_an_epoch=True),
+}
+"""The published protocols by name; all of them train on random crops, save `cached`."""
+
+
+def linear(
+    checkpoint_spec: str,
+    *,
+    train: str,
+    test: str,
+    protocol: str = "cached",
+    epochs: int | None = None,
+    lr: Sequence[float] = (),
+    base_lr: float | None = None,
+    weight_decay: Sequence[float] = (),
+    momentum: float | None = None,
+    nesterov: bool | None = None,
+    batch_size: int | None = None,
+    warmup_epochs: float | None = None,
+    schedule: Literal["cosine", "step"] | None = None,
+    drops: Sequence[float] = (),
+    once_an_epoch: bool | None = None,
+    init_std: float | None = None,
+    representation: Representation | None = None,
+    min_scale: float | None = None,
+    interpolation: Interpolation | None = None,
+    size: int = 0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    workers: int = 0,
+    device: str = "auto",
+    threads: int = 0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Accuracy in percent of a linear classifier on the frozen backbone, with all it depends on.
+
+    `protocol` names where all numbers start (`PROTOCOLS`); what is given wins. Fewer `epochs`
+    shorten the warm-up, and move the drops, with them. `size` 0 takes the side the backbone was
+    pretrained with. Raises `UserError` where labels are missing.
+    """
+    began = time.perf_counter()
+    given = {
+        "lr": tuple(lr),
+        "base_lr": base_lr,
+        "weight_decay": tuple(weight_decay),
+        "momentum": momentum,
+        "nesterov": nesterov,
+        "batch_size": batch_size,
+        "warmup_epochs": warmup_epochs,
+        "schedule": schedule,
+        "drops": tuple(drops),
+        "once_an_epoch": once_an_epoch,
+        "init_std": init_std,
+        "representation": representation,
+        "min_scale": min_scale,
+        "interpolation": interpolation,
+    }
+    how = overridden(protocol, epochs, given)
+    where = distributed.start(device, threads)
+    backbone, about = checkpoint.load_backbone(checkpoint_spec)
+    reader = Reader.like(
+        about, size, precision=precision, workers=workers, interpolation=how.interpolation
+    )
+    backbone.to(where)
+    source, asked = open_source(train), open_source(test)
+    labels, asked_labels = common_labels(source, asked, "--train", "--test")
+    classes = class_count(source)
+    with untouched(backbone):
+        queries = extract(backbone, asked, reader)
+        test_rows = queries.values, queries.labels(asked_labels)
+        if how.augment:
+            figures, bad = augmented(backbone, source, reader, classes, *test_rows, how, seed)
+        else:
+            bank = extract(backbone, source, reader)
+            seen = Seen(bank.values, bank.labels(labels), *test_rows)
+            figures, bad = cached(seen, classes, how, seed), bank.unreadable
+    return {
+        "protocol": {
+            "checkpoint": checkpoint_spec,
+            "train": train,
+            "test": test,
+            **stated(protocol, how),
+            **reader.protocol,
+            "seed": seed,
+        },
+        **figures,
+        "images": {"train": len(source) - bad, "test": len(queries.values)},
+        "unreadable": {"train": bad, "test": queries.unreadable},
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def overridden(name: str, epochs: int | None, given: dict[str, Any]) -> Protocol:
+    """The protocol called `name` with what is `given` (neither None nor empty) put over it."""
+    if name not in PROTOCOLS:
+        raise unknown("protocol", name, PROTOCOLS)
+    start = PROTOCOLS[name]
+    changes = {key: value for key, value in given.items() if value not in (None, ())}
+    if "base_lr" in changes:
+        changes = {"lr": ()} | changes
+    if epochs is not None:
+        warmup = start.warmup_epochs * min(1.0, epochs / start.epochs)
+        changes = {"epochs": epochs, "warmup_epochs": warmup} | changes
+    return dataclasses.replace(start, **changes)
+
+
+def stated(name: str, how: Protocol) -> dict[str, Any]:
+    """What the figures depend on by how the classifier is trained."""
+    left_out = {"base_lr"}
+    left_out |= {"drops"} if how.schedule == "cosine" else set()
+    left_out |= set() if how.augment else {"min_scale"}
+    numbers = {key: value for key, value in plain(how).items() if key not in left_out}
+    return {"name": name, **numbers, "lr": list(how.peaks), "optimizer": "sgd", "layer": "backbone"}
+
+
+@contextmanager
+def untouched(backbone: Backbone) -> Iterator[None]:
+    """Hold the backbone to being the same, bit for bit, when the block ends."""
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    yield
+    changed = [n for n, tensor in backbone.state_dict().items() if not before[n].equal(tensor)]
+    if changed:
+        raise RuntimeError(f"a reading changed the backbone: {', '.join(changed[:3])}")
+
+
+# On cached features
+
+
+def cached(seen: Seen, classes: int, how: Protocol, seed: int) -> dict[str, Any]:
+    """Accuracy of the setting that a held-out part of the training images chooses."""
+    _refuse_unusable(seen)
+    figures: dict[str, Any] = {}
+    prepare = prepared(seen.train, how.representation)
+    settings = how.settings
+    every = torch.arange(len(seen.train))
+    if len(settings) > 1:
+        held = held_out(seen.train_labels, seed)
+        heads = _heads(settings, seen.train.shape[1], classes, how, seed, prepare)
+        rows = _rows(seen, every[~held], how.batch_size, seed)
+        steps = math.ceil(int((~held).sum()) / how.batch_size)
+        for _ in trained(heads, settings, how, rows, steps, f"{len(settings)} settings"):
+            pass
+        judged = heads.judged(seen.train[held], seen.train_labels[held])
+        best = best_of(judged)
+        figures = _choice(settings, judged, best, int(held.sum()))
+        settings = [settings[best]]
+    heads = _heads(settings, seen.train.shape[1], classes, how, seed, prepare)
+    rows = _rows(seen, every, how.batch_size, seed)
+    steps = math.ceil(len(every) / how.batch_size)
+    return read(heads, settings, how, rows, steps, seen.test, seen.test_labels) | figures
+
+
+def held_out(labels: Tensor, seed: int) -> Tensor:
+    """(N,) of bool: a random tenth of the rows, the same share of every class to within one row."""
+    if len(labels) < 2:
+        raise UserError("a linear reading needs at least two readable training images")
+    random = np.random.default_rng(keyed.seed(seed, len(labels)))
+    by_class = np.lexsort((random.permutation(len(labels)), labels.numpy()))
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    held[torch.from_numpy(by_class[random.integers(min(HELD_OUT, len(labels))) :: HELD_OUT])] = True
+    return held
+
+
+def best_of(judged: Sequence[dict[str, float]]) -> int:
+    """The setting of the highest top-1; of equal ones that of the lowest cross-entropy."""
+
+    def merit(position: int) -> tuple[float, float]:
+        loss = judged[position]["loss"]
+        return judged[position]["top1"], -loss if math.isfinite(loss) else -math.inf
+
+    return max(range(len(judged)), key=merit)
+
+
+def _choice(
+    settings: list[tuple[float, float]], judged: list[dict[str, float]], best: int, images: int
+) -> dict[str, Any]:
+    lr, weight_decay = settings[best]
+    rates = [rate for rate, _ in settings]
+    if len(set(rates)) > 1 and lr in (min(rates), max(rates)):
+        say(f"the best learning rate, {lr:g}, is at the edge of those tried; --lr takes others")
+    return {
+        "chosen": {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "on": f"a held-out tenth of the training images ({images})",
+        },
+        "sweep": [
+            {
+                "lr": lr,
+                "weight_decay": decay,
+                "held_out_top1": j["top1"],
+                "held_out_loss": j["loss"],
+            }
+            for (lr, decay), j in zip(settings, judged, strict=True)
+        ],
+    }
+
+
+def _rows(seen: Seen, index: Tensor, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of the training rows at `index`, all of them in each epoch, without end."""
+    for epoch in itertools.count():
+        generator = torch.Generator().manual_seed(keyed.seed(seed, epoch))
+        shuffled = index[torch.randperm(len(index), generator=generator)]
+        for rows in torch.split(shuffled, batch_size):
+            yield seen.train[rows], seen.train_labels[rows]
+
+
+def _refuse_unusable(seen: Seen) -> None:
+    if not (seen.train.isfinite().all() and seen.test.isfinite().all()):
+        raise UserError("some features are not numbers: take an earlier checkpoint or snapshot")
+    if len(seen.train) and (seen.train == seen.train[0]).all():
+        say("all training images have the same features: the backbone has collapsed")
+
+
+# As published
+
+
+def augmented(
+    backbone: Backbone,
+    source: Source,
+    reader: Reader,
+    classes: int,
+    test: Tensor,
+    test_labels: Tensor,
+    how: Protocol,
+    seed: int,
+) -> tuple[dict[str, Any], int]:
+    """Accuracy after training on random crops and flips, and how many images were unreadable."""
+    world = distributed.world()
+    if how.batch_size % world:
+        raise UserError(
+            f"batch size {how.batch_size} does not divide over {world} ranks; "
+            f"use --batch-size {how.batch_size - how.batch_size % world + world}"
+        )
+    order = Epochs(len(source), how.batch_size, seed)
+    maker = Steps(
+        source=source,
+        views=_crops(how, reader),
+        size=reader.size,
+        order=order,
+        seed=seed,
+        rank=distributed.rank(),
+        world=world,
+    )
+    bad: set[str] = set()
+
+    def rows() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches(maker, 0, how.epochs * order.steps_per_epoch, reader.workers):
+            assert batch.label is not None
+            bad.update(batch.bad)
+            features = pooled(backbone, batch.views[0], reader)
+            labels = batch.label.to(features.device)
+            # each rank trains the same head on the whole batch: there is no gradient to average
+            yield distributed.gather(features), distributed.gather(labels)
+
+    prepare = prepared(test, how.representation)
+    heads = _heads(how.settings, test.shape[1], classes, how, seed, prepare)
+    steps = order.steps_per_epoch
+    figures = read(heads, how.settings, how, rows(), steps, test, test_labels)
+    return figures, len(set[str]().union(*distributed.collect(bad)))
+
+
+def _crops(how: Protocol, reader: Reader) -> Views:
+    return Views(
+        counts=(1,),
+        min_scale=(how.min_scale,),
+        interpolation=how.interpolation,
+        jitter=0.0,
+        gray=0.0,
+        blur=(0.0,),
+        mean=reader.mean,
+        std=reader.std,
+    )
+
+
+# Both ways
+
+
+def trained(
+    heads: Heads,
+    settings: list[tuple[float, float]],
+    how: Protocol,
+    rows: Iterator[tuple[Tensor, Tensor]],
+    steps_an_epoch: int,
+    what: str,
+) -> Iterator[int]:
+    """Train the heads, each with its own (learning rate, weight decay); yields after each epoch.
+
+    `rows` gives the features (B, C) and labels (B,) of each step.
+    """
+    descent = Descent(heads, settings, momentum=how.momentum, nesterov=how.nesterov)
+    with Meter(f"linear, {what}", 0, how.epochs) as meter:
+        for step in range(how.epochs * steps_an_epoch):
+            features, labels = next(rows)
+            descent.step(features, labels, how.rate(step, steps_an_epoch))
+            if (step + 1) % steps_an_epoch == 0:
+                epoch = (step + 1) // steps_an_epoch
+                meter.show(epoch)
+                yield epoch
+
+
+def read(
+    heads: Heads,
+    settings: list[tuple[float, float]],
+    how: Protocol,
+    rows: Iterator[tuple[Tensor, Tensor]],
+    steps_an_epoch: int,
+    test: Tensor,
+    test_labels: Tensor,
+) -> dict[str, Any]:
+    """Train one head and read it on the test rows after every epoch; the last one counts."""
+    (setting,) = settings
+    curve = [
+        heads.judged(test, test_labels)[0]
+        for _ in trained(heads, settings, how, rows, steps_an_epoch, "one setting")
+    ]
+    if not math.isfinite(curve[-1]["loss"]):
+        raise UserError(f"training diverged at a learning rate of {setting[0]:g}; use a lower --lr")
+    best = max(range(len(curve)), key=lambda epoch: curve[epoch]["top1"])
+    return {
+        "top1": curve[-1]["top1"],
+        "top5": curve[-1]["top5"],
+        "best_top1": curve[best]["top1"],
+        "best_epoch": best + 1,
+        "best_chosen_on": "the test images",
+    }
+
+
+def _heads(
+    settings: list[tuple[float, float]],
+    width: int,
+    classes: int,
+    how: Protocol,
+    seed: int,
+    prepare: nn.Module,
+) -> Heads:
+    heads = Heads(len(settings), width, classes, seed=seed, std=how.init_std, prepare=prepare)
+    return heads.to(distributed.device())
+
+
+def prepared(features: Tensor, representation: Representation) -> nn.Module:
+    """What features go through before the classifier; `standard` takes its statistics from these.
+
+    It can be taken over the held-out rows too: no label is in it.
+    """
+    if representation == "norm":
+        return _Unit()
+    return _Standard(features) if representation == "standard" else nn.Identity()
+
+
+class _Unit(nn.Module):
+    def forward(self, features: Tensor) -> Tensor:
+        return F.normalize(features, dim=1)
+
+
+class _Standard(nn.Module):
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        std, mean = torch.std_mean(features, dim=0, correction=0)
+        # a feature that is constant but for rounding says nothing, and must not be blown up
+        varies = std > 1e-6 * mean.abs()
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", torch.where(varies, 1 / std, 0.0))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (features - self.mean) * self.scale

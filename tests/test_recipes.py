@@ -1,0 +1,167 @@
+"""Recipes: every one parses, builds, and says what was published; precedence and scaling."""
+
+import pytest
+import torch
+
+from firstsight import cli, methods, recipes, settings
+from firstsight.errors import UserError
+from firstsight.schedule import Schedule
+from tests.tiny import NETWORK
+
+# name: epochs, images of a batch, peak learning rate and weight decay, as their authors wrote them
+PUBLISHED = {
+    "barlow-1000ep": (1000, 2048, 1.6, 1e-6),
+    "byol-40ep": (40, 4096, 7.2, 1e-6),
+    "byol-100ep": (100, 4096, 7.2, 1e-6),
+    "byol-300ep": (300, 4096, 4.8, 1e-6),
+    "byol-1000ep": (1000, 4096, 3.2, 1.5e-6),
+    "byol-scrl-200ep": (200, 8192, 14.4, 1e-6),
+    "byol-scrl-1000ep": (1000, 8192, 6.4, 1.5e-6),
+    "mocov1-200ep": (200, 256, 0.03, 1e-4),
+    "mocov1-pic-200ep": (200, 256, 0.03, 1e-4),
+    "mocov2-200ep": (200, 256, 0.03, 1e-4),
+    "mocov2-800ep": (800, 256, 0.03, 1e-4),
+    "mocov2-pic-200ep": (200, 256, 0.03, 1e-4),
+    "mocov2-cifar10": (200, 512, 0.06, 5e-4),
+    "mocov2-cifar10-symmetric": (200, 512, 0.06, 5e-4),
+    "simclr-100ep": (100, 4096, 4.8, 1e-6),
+    "simclr-1000ep": (1000, 4096, 4.8, 1e-6),
+    "simclr-pic-200ep": (200, 256, 0.3, 1e-6),
+    "simclr-cifar10": (1000, 512, 2.0, 1e-4),
+    "simsiam-100ep": (100, 512, 0.1, 1e-4),
+    "vicreg-1000ep": (1000, 2048, 1.6, 1e-6),
+    "barlow-cifar10-lightly": (200, 128, 0.06, 5e-4),
+    "byol-cifar10-lightly": (200, 128, 0.06, 5e-4),
+    "mocov2-cifar10-lightly": (200, 128, 0.06, 5e-4),
+    "simclr-cifar10-lightly": (200, 128, 0.06, 5e-4),
+    "simsiam-cifar10-lightly": (200, 128, 0.06, 5e-4),
+    "barlow-cifar10-solo": (1000, 256, 0.3, 1e-4),
+    "byol-cifar10-solo": (1000, 256, 1.0, 1e-5),
+    "mocov2-cifar10-solo": (1000, 256, 0.3, 1e-4),
+    "simclr-cifar10-solo": (1000, 256, 0.4, 1e-4),
+    "simsiam-cifar10-solo": (1000, 256, 0.5, 1e-5),
+    "vicreg-cifar10-solo": (1000, 256, 0.3, 1e-4),
+}
+# whose loss is a multiple of theirs: SGD takes the same steps at rate / n and weight decay * n
+MULTIPLE = {"mocov2-cifar10-lightly": 2, "mocov2-cifar10-solo": 2, "byol-cifar10-lightly": 4}
+
+
+def resolved(name, **values):
+    method = recipes.read(name).method
+    _, defaults, own = methods.describe(method)
+    values = recipes.beneath(method, {"recipe": name, "data": "x", **values})
+    return settings.begun(defaults, own, values, name)
+
+
+def test_every_recipe_is_compared_with_what_was_published():
+    assert set(recipes.names()) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_trains_as_published(name):
+    config, times = resolved(name), MULTIPLE.get(name, 1)
+    epochs, batch, peak, decay = PUBLISHED[name]
+    assert (config.epochs, config.batch_size) == (epochs, batch)
+    assert config.peak_lr * times == pytest.approx(peak)
+    assert config.weight_decay / times == pytest.approx(decay)
+    assert times == 1 or config.optimizer == "sgd"
+    assert config.recipe == name and (config.size == 32) == ("cifar10" in name)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_builds(name):
+    recipe = recipes.read(name)
+    config = resolved(name, backbone=NETWORK, stem="standard")
+    with torch.device("meta"):  # shapes without values: heads of hundreds of megabytes
+        method = methods.build(recipe.method, config, 1000)
+    for key, value in recipe.values["method"].items():
+        assert getattr(config.method, key) == value
+    assert method.backbone.width > 0
+    own = settings.plain(config)
+    for key in set(recipe.values) - {"views", "method", "backbone", "stem"}:
+        assert own[key] == pytest.approx(recipe.values[key]), key
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_tells_where_it_comes_from(name):
+    recipe = recipes.read(name)
+    assert recipe.summary and not recipe.summary.endswith(".")
+    assert {"paper", "command", "hardware", "published", "reproduced"} <= set(recipe.story)
+    assert f"pretrain {recipe.method} --recipe {name} " in recipe.story["command"]
+    assert {"epochs", "batch_size", "base_lr", "weight_decay", "warmup_epochs"} < set(recipe.values)
+
+
+def test_other_epochs_scale_the_warm_up():
+    assert resolved("byol-1000ep").warmup_epochs == 10
+    assert resolved("byol-1000ep", epochs=100).warmup_epochs == 1
+    assert resolved("byol-100ep", epochs="400").warmup_epochs == 40
+    assert resolved("byol-1000ep", epochs=100, warmup_epochs=3).warmup_epochs == 3
+    short = resolved("mocov1-200ep", epochs=20)
+    schedule = Schedule.of(short, steps=200, steps_per_epoch=10)
+    rates = [schedule.rate(step) for step in (0, 119, 120, 159, 160, 199)]
+    assert rates == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
+
+
+def test_the_colab_schedule_ends_at_zero():
+    """Its epochs run from 1 to E: cos(pi e / E) of the epoch, so the last one does not move."""
+    schedule = Schedule.of(resolved("mocov2-cifar10"), steps=200 * 97, steps_per_epoch=97)
+    assert schedule.rate(0) == schedule.rate(96) == pytest.approx(0.06 * 0.99993831)
+    assert schedule.rate(99 * 97) == pytest.approx(0.03)
+    assert schedule.rate(200 * 97 - 1) == pytest.approx(0, abs=1e-15)
+
+
+def test_precedence():
+    """Class default < the method's < the recipe < --config < flag."""
+    config = resolved("byol-scrl-200ep")
+    assert config.accumulate == 1 and config.undecayed == ("norm", "bias")  # class, method
+    assert config.lars == "scrl" and config.views.min_scale == (0.2,)  # recipe
+    assert config.views.solarize == (0.0, 0.2)  # of the preset that its views start from
+    values = {"batch-size": 512, "method": {"momentum": 0.9}, "views": {"min-scale": [0.5]}}
+    config = resolved("byol-scrl-200ep", **values)
+    assert config.batch_size == 512 and config.peak_lr == pytest.approx(0.9)
+    assert config.method.momentum == 0.9 and config.method.start == "independent"
+    assert config.views.min_scale == (0.5,)
+    assert resolved("byol-scrl-200ep", preset="mocov2").views == settings.preset_views(
+        "mocov2", 224
+    )
+
+
+def test_a_resolved_recipe_replays_itself():
+    config = resolved("byol-1000ep", epochs=50)
+    again = resolved("byol-1000ep", **settings.plain(config))
+    assert settings.plain(again) == settings.plain(config)
+
+
+def test_of_another_method_or_unknown():
+    with pytest.raises(UserError, match="byol-40ep is a recipe of byol, not of simclr"):
+        recipes.beneath("simclr", {"recipe": "byol-40ep"})
+    with pytest.raises(UserError, match="did you mean 'byol-1000ep'"):
+        recipes.beneath("byol", {"recipe": "byol-1000eps"})
+    with pytest.raises(UserError, match="--epochs takes a number, not 'many'"):
+        recipes.beneath("byol", {"recipe": "byol-40ep", "epochs": "many"})
+
+
+def test_the_command_lists_and_shows(capsys, tmp_path):
+    cli.main(["recipes"])
+    listed = capsys.readouterr().out
+    for name in recipes.names():
+        assert f"{name} " in listed and recipes.read(name).story["paper"] in listed
+    cli.main(["recipes", "byol-1000ep", "--json", str(tmp_path / "r.json")])
+    text = capsys.readouterr().out
+    file = tmp_path / "shown.yaml"
+    file.write_text(text)
+    assert settings.read_yaml(file)["base_lr"] == 0.2 and "# paper: Grill" in text
+    assert '"base_lr": 0.2' in (tmp_path / "r.json").read_text()
+
+
+def test_flags_win_over_a_recipe(monkeypatch):
+    from firstsight import run
+
+    asked = []
+    monkeypatch.setattr(run, "dry_run", lambda name, config: asked.append(config) or {})
+    monkeypatch.setattr(cli, "_show_dry_run", lambda *_: None)
+    asks = "--recipe byol-300ep --data x --epochs 30 --base-lr 0.5 --dry-run"
+    cli.main(["pretrain", "byol", *asks.split()])
+    (config,) = asked
+    assert (config.epochs, config.warmup_epochs, config.base_lr) == (30, 1, 0.5)
+    assert config.batch_size == 4096 and config.method.momentum == 0.99
