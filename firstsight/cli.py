@@ -168,6 +168,8 @@ class Linear(Common):
     """Arithmetic of the backbone."""
     workers: int = 0
     """Processes that decode; 0: this one."""
+    download: bool = False
+    """Fetch cifar10:train, cifar100:..., stl10:... where their files are missing."""
 
     def __post_init__(self) -> None:
         if min(self.size, self.workers) < 0:
@@ -209,11 +211,18 @@ def evaluate_knn(args: list[str], target: str | None) -> None:
 
 def evaluate_linear(args: list[str], target: str | None) -> None:
     """Accuracy of a linear classifier on frozen features."""
+    over_run, args = "--snapshots" in args, [arg for arg in args if arg != "--snapshots"]
     asked = settings.shallow(parsed(Linear, args, "evaluate linear"))
 
-    from firstsight.evaluate import linear
+    from firstsight.evaluate import linear, over_snapshots
 
-    result = linear(asked.pop("checkpoint"), **asked)
+    spec = asked.pop("checkpoint")
+    if over_run:
+        results = over_snapshots(spec, "linear", lambda snapshot: linear(snapshot, **asked))
+        steps = [[str(one["step"]), f"{one['top1']:.2f}"] for one in results]
+        _table("linear accuracy over the run, percent", ["step", "top-1"], steps)
+        return _write_json(target, results)
+    result = linear(spec, **asked)
     rows = [["last epoch", f"{result['top1']:.2f}", f"{result['top5']:.2f}"]]
     best = f"epoch {result['best_epoch']}, the best on the test images"
     rows.append([best, f"{result['best_top1']:.2f}", ""])

@@ -170,7 +170,8 @@ def helped(command, capsys):
 def there(command):
     """Whether `firstsight VERB ...` is a command of this version."""
     verb, *rest = command.split()[1:]
-    known = {"pretrain": methods.names(), "evaluate": getattr(cli, "READINGS", ["knn"])}
+    known = {"pretrain": methods.names(), "evaluate": cli.READINGS}
+    known["data"] = ["sort-imagenet-val"]
     return verb in cli.VERBS and (not rest or rest[0] in known.get(verb, rest))
 
 

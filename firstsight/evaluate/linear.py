@@ -35,7 +35,7 @@ from firstsight.log import Meter, say
 from firstsight.order import Epochs
 from firstsight.schedule import Schedule
 from firstsight.settings import plain
-from firstsight.sources import open_source
+from firstsight.sources import fetch, open_source
 from firstsight.sources.base import Source, class_count, common_labels
 from firstsight.views import Interpolation, Views
 
@@ -197,6 +197,7 @@ def linear(
     size: int = 0,
     precision: Literal["fp32", "bf16"] = "fp32",
     workers: int = 0,
+    download: bool = False,
     device: str = "auto",
     threads: int = 0,
     seed: int = 0,
@@ -231,6 +232,8 @@ def linear(
         about, size, precision=precision, workers=workers, interpolation=how.interpolation
     )
     backbone.to(where)
+    if download:
+        fetch(train, test)
     source, asked = open_source(train), open_source(test)
     labels, asked_labels = common_labels(source, asked, "--train", "--test")
     classes = class_count(source)
