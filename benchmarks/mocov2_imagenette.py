@@ -27,10 +27,11 @@ import zipfile
 from pathlib import Path
 
 import torch
-import torchvision
 from PIL import Image
 from torch import nn
 
+from firstsight import backbones
+from firstsight.backbones.conv import Conv3x3
 from firstsight.features import Reader, extract
 from firstsight.metrics import knn_accuracy
 from firstsight.sources import open_source
@@ -84,8 +85,10 @@ def lightlys(data: Path, epochs: float, seed: int) -> dict[str, float]:
     from lightly.transforms import MoCoV2Transform
 
     torch.manual_seed(seed)
-    network = torchvision.models.resnet18()
-    network.fc = nn.Identity()
+    network = backbones.build("resnet18")
+    for module in network.modules():  # as torchvision has it, without our short ways
+        if isinstance(module, Conv3x3):
+            module.__class__ = nn.Conv2d
     head = MoCoProjectionHead(512, 512, 128)
     key_network, key_head = copy.deepcopy(network), copy.deepcopy(head)
     deactivate_requires_grad(key_network)
