@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
-from firstsight.errors import unknown
+from firstsight.errors import UserError, unknown
 from firstsight.settings import shallow
 
 if TYPE_CHECKING:
@@ -49,6 +49,12 @@ def build(name: str, config: Pretrain, images: int) -> Method:
     from firstsight.norms import global_batch_norm
 
     method_class, settings_class = load(name)
+    sides = config.views.sides(config.size)
+    if len(sides) != 2 or sides[0] != sides[1]:  # all methods so far compare two equal views
+        raise UserError(
+            f"{name} takes two views of one size, not of {', '.join(map(str, sides))} pixels; "
+            "use --views.counts 2 and at most one of --views.sizes"
+        )
     torch.manual_seed(config.seed)
     backbone = backbones.build(config.backbone, config.stem, config.size)
     if config.init:

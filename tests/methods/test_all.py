@@ -12,6 +12,7 @@ import torch
 
 from firstsight import distributed, engine, methods, run, update
 from firstsight.batch import Batch
+from firstsight.errors import UserError
 from firstsight.nets import MomentumEncoder
 from firstsight.settings import begun
 from tests.tiny import Patches, config
@@ -50,6 +51,13 @@ def test_settings_shown_by_help_are_those_of_the_method(name):
     _, real = methods.load(name)
     assert dataclasses.asdict(light) == dataclasses.asdict(real())
     assert defaults.epochs > 0
+
+
+@pytest.mark.parametrize("counts", [(1,), (3,)])
+@pytest.mark.parametrize("name", NAMES)
+def test_other_numbers_of_views_are_refused(name, counts, tmp_path):
+    with pytest.raises(UserError, match="two views of one size"):
+        built(name, tmp_path, views={"counts": counts, "blur": (0.0,), "solarize": (0.0,)})
 
 
 @pytest.mark.parametrize("name", NAMES)
