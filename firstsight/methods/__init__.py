@@ -50,7 +50,7 @@ def build(name: str, config: Pretrain, images: int) -> Method:
 
     method_class, settings_class = load(name)
     sides = config.views.sides(config.size)
-    if len(sides) != 2 or sides[0] != sides[1]:  # all methods so far compare two equal views
+    if method_class.views == "pair" and (len(sides) != 2 or sides[0] != sides[1]):
         raise UserError(
             f"{name} takes two views of one size, not of {', '.join(map(str, sides))} pixels; "
             "use --views.counts 2 and at most one of --views.sizes"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -29,6 +29,8 @@ class Method(nn.Module, ABC):
 
     backbone: Backbone
     """What is kept after pretraining."""
+    views: ClassVar[Literal["pair", "any"]] = "pair"
+    """Views of an image that it takes: two of one size, or any that its own page allows."""
     couples: ClassVar[str] = ""
     """What the loss takes from the batch at hand, and so only from a chunk of it with
     `--accumulate`: `negatives`; empty: the loss of each image stands alone (batch-norm apart)."""
