@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
+import io
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,14 +32,49 @@ def flagged(kind: type[T], args: list[str], prog: str, text: str, start: T) -> T
     """`start` with the flags among `args` put over it; `--help` shows them below `text`."""
     parse: Callable[..., T] = tyro.cli
     text += " --config FILE reads options from YAML, --json FILE writes the result."
-    return parse(
-        kind,
-        args=_switched([_dotted(arg) for arg in args], start),
-        prog=f"firstsight {prog}",
-        description=text,
-        default=start,
-        config=(tyro.conf.FlagConversionOff,),
-    )
+    args = [_dotted(arg) for arg in args]
+    _refuse_unknown(args, start, prog)
+    heard = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(heard):
+            return parse(
+                kind,
+                args=_switched(args, start),
+                prog=f"firstsight {prog}",
+                description=text,
+                default=start,
+                config=(tyro.conf.FlagConversionOff,),
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UserError(f"{_sentence(heard.getvalue(), start)}; firstsight {prog} --help") from None
+
+
+def _refuse_unknown(args: list[str], start: Any, prog: str) -> None:
+    """Name the first flag that the command does not have, and the nearest that it has."""
+    known = [flag for flag, _ in _options(start, "--")]
+    for arg in args:
+        flag = arg.partition("=")[0].replace("_", "-")
+        if flag.startswith("--") and flag not in (*known, "--help"):
+            near = difflib.get_close_matches(flag, known, n=1)
+            guess = f"did you mean {near[0]}?" if near else f"firstsight {prog} --help lists all"
+            if flag == "--resume":
+                guess = "the same command with the run's folder as --out goes on with it"
+            raise UserError(f"no option {arg.partition('=')[0]}: {guess}")
+
+
+def _sentence(box: str, start: Any) -> str:
+    """What the parser says in a box of several lines, as one sentence."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    if "Missing from" in box:
+        needed = [flag for flag, value in _options(start, "--") if value is tyro.MISSING]
+        missing = [flag for flag in needed if any(line.startswith(f"{flag} ") for line in lines)]
+        if any(re.fullmatch("[A-Z]+", line) for line in lines):  # the first is no flag
+            missing.insert(0, needed[0].strip("-").upper())
+        return f"still to be given: {', '.join(missing)}"
+    first = " ".join(lines).partition("──")[0]
+    return first.strip().rstrip(".")
 
 
 def _dotted(arg: str) -> str:
@@ -46,7 +85,9 @@ def _dotted(arg: str) -> str:
 
 def _switched(args: list[str], options: Any) -> list[str]:
     """Switches told True or False: `--dry-run` alone is on, yes, no, t, f, 1, 0 are understood."""
-    switches, spelt, waiting = set(_switches(options, "--")), [], False
+    switches = {flag for flag, value in _options(options, "--") if isinstance(value, bool)}
+    spelt: list[str] = []
+    waiting = False
     for arg in [*args, ""]:
         told = settings.truth(arg)
         if waiting:
@@ -62,35 +103,40 @@ def _switched(args: list[str], options: Any) -> list[str]:
     return spelt[:-1]
 
 
-def _switches(options: Any, prefix: str) -> Iterator[str]:
+def _options(options: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """(flag, value) of each option, those of nested settings with dots."""
     for name, value in settings.shallow(options).items():
+        flag = prefix + name.replace("_", "-")
         if dataclasses.is_dataclass(value):
-            yield from _switches(value, f"{prefix}{name}.")
-        elif isinstance(value, bool):
-            yield prefix + name.replace("_", "-")
+            yield from _options(value, f"{flag}.")
+        else:
+            yield flag, value
 
 
 def peeked(args: list[str], flag: str) -> str | None:
-    """The value of `flag` among the arguments, which stay as they are."""
+    """The value of `flag` among the arguments, which stay as they are; of several, the last."""
+    value = None
     for position, arg in enumerate(args):
         if arg == flag and position + 1 < len(args):
-            return args[position + 1]
-        if arg.startswith(flag + "="):
-            return arg.partition("=")[2]
-    return None
+            value = args[position + 1]
+        elif arg.startswith(flag + "="):
+            value = arg.partition("=")[2]
+    return value
 
 
 def taken(args: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """The value of `flag`, if it is there, and the arguments without it."""
-    value = peeked(args, flag)
-    if value is None:
-        if flag in args:
-            raise UserError(f"{flag} needs a file after it")
-        return None, args
-    if f"{flag}={value}" in args:
-        return value, [arg for arg in args if arg != f"{flag}={value}"]
-    position = args.index(flag)
-    return value, args[:position] + args[position + 2 :]
+    """The value of `flag`, if it is there, and the arguments without it; of several, the last."""
+    if args[-1:] == [flag]:
+        raise UserError(f"{flag} needs a file after it")
+    value, rest, waiting = None, [], False
+    for arg in args:
+        if waiting or arg.startswith(flag + "="):
+            value, waiting = arg if waiting else arg.partition("=")[2], False
+        elif arg == flag:
+            waiting = True
+        else:
+            rest.append(arg)
+    return value, rest
 
 
 def config_file(args: list[str]) -> tuple[dict[str, Any], list[str]]:

@@ -52,12 +52,24 @@ def test_help_and_flags_come_without_torch():
         (["pretrain", "mocov2"], "use --data SOURCE"),
         (["pretrain", "mocov2", "--data", "x", "--epochs", "-1"], "--epochs must be above 0"),
         (["pretrain", "mocov2", "--data", "x", "--config"], "--config needs a file"),
+        (["pretrain", "mocov2", "--resume"], "the same command with the run's folder as --out"),
+        (["pretrain", "mocov2", "--data"], "Missing value for argument '--data'"),
+        (["evaluate", "knn"], "still to be given: CHECKPOINT, --train, --test"),
+        (["evaluate", "knn", "run", "--test", "x"], "still to be given: --train"),
+        (["data", "sort-imagenet-val", "--out", "x"], "still to be given: IMAGES, --truth"),
         (["evaluate", "knnn"], "no reading called 'knnn' (did you mean 'knn'?)"),
     ],
 )
 def test_what_a_user_can_mend_is_said_with_exit_code_2(args, said, capsys):
     err = failing(capsys, *args)
     assert said in err and "Traceback" not in err
+    assert len(err.splitlines()) == 1, err
+
+
+def test_of_a_flag_given_twice_the_last_counts():
+    args = ["--size", "1", "--json", "a", "--size=2", "--json=b", "x"]
+    assert flags.peeked(args, "--size") == "2" and flags.peeked(args, "--sizes") is None
+    assert flags.taken(args, "--json") == ("b", ["--size", "1", "--size=2", "x"])
 
 
 def test_a_config_file_gives_way_to_flags_and_refuses_what_it_does_not_know(tmp_path, capsys):
