@@ -60,7 +60,7 @@ def _refuse_unknown(args: list[str], start: Any, prog: str) -> None:
             near = difflib.get_close_matches(flag, known, n=1)
             guess = f"did you mean {near[0]}?" if near else f"firstsight {prog} --help lists all"
             if flag == "--resume":
-                guess = "the same command with the run's folder as --out goes on with it"
+                guess = "the same command again goes on with an unfinished run"
             raise UserError(f"no option {arg.partition('=')[0]}: {guess}")
 
 

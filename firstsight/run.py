@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,6 +13,7 @@ from firstsight import (
     checkpoint,
     distributed,
     engine,
+    folders,
     methods,
     pictures,
     precision,
@@ -30,13 +28,9 @@ from firstsight.order import Epochs
 from firstsight.probe import KnnProbe
 from firstsight.report import write_report
 from firstsight.settings import (
-    UNBOUND,
     Pretrain,
     begun,
-    flag,
-    merged,
     plain,
-    read_yaml,
     write_yaml,
 )
 from firstsight.sources import fetch, open_source
@@ -48,12 +42,12 @@ def pretrain(name: str, config: Pretrain) -> Path:
     if config.dry_run:
         raise UserError("a dry run is no run; call firstsight.run.dry_run, or leave out --dry-run")
     config, source = _opened(config)
-    out = Path(distributed.share(config.out or str(_next_free(name))))
+    out = Path(distributed.share(config.out or str(folders.of(name, config))))
     config = dataclasses.replace(config, out=str(out))
-    with _only_writer(out):
+    with folders.only_writer(out):
         earlier = out / "config.yaml"
         if distributed.share((out / "checkpoints").exists() and earlier.exists()):
-            config = continued(name, config, earlier)
+            config = folders.continued(name, config, earlier)
         else:
             (out / "log.jsonl").unlink(missing_ok=True)  # of a run that saved nothing
             config = _picked(name, config)
@@ -186,70 +180,8 @@ DEMO: dict[str, Any] = {
 """Settings of the demo where they differ from the method's own."""
 
 
-def _next_free(name: str) -> Path:
-    taken = [re.fullmatch(rf"{name}-(\d+)", path.name) for path in Path("runs").glob(f"{name}-*")]
-    return Path("runs") / f"{name}-{max((int(m[1]) for m in taken if m), default=0) + 1:03d}"
-
-
 def _workers(config: Pretrain) -> int:
     return config.workers if config.workers >= 0 else distributed.cores()
-
-
-@contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Hold the run folder for writing; readers are welcome, a second writer is refused."""
-    if distributed.rank() > 0:
-        yield
-        return
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this platform
-        yield
-        return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = open(out / ".lock", "w")  # noqa: SIM115  held until the block ends
-    except OSError as error:
-        raise UserError(f"cannot write into {out} ({error.strerror}); use another --out") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{out} is being written by another process; use another --out"
-            ) from None
-        yield
-
-
-def continued(name: str, config: Pretrain, earlier: Path) -> Pretrain:
-    """`config` for going on with an earlier run: the same but for what does not change results.
-
-    `auto` means what was picked then; more epochs extend the run; other differences are refused.
-    """
-    values = read_yaml(earlier)
-    if (old_name := values.pop("name", name)) != name:
-        raise UserError(f"{earlier.parent} is a run of {old_name}; use another --out for {name}")
-    old = merged(config, values, str(earlier))
-    config = dataclasses.replace(
-        config,
-        precision=old.precision if config.precision == "auto" else config.precision,
-        layout=old.layout if config.layout == "auto" else config.layout,
-    )
-    longer = config.epochs > old.epochs
-    if longer:  # its warm-up is past, and stays what it was
-        config = dataclasses.replace(config, warmup_epochs=old.warmup_epochs)
-    differing = _differences(plain(old), plain(config))
-    if longer:
-        differing.pop("epochs")
-    if differing:
-        told = ", ".join(f"{flag(k)} {new} (was {was})" for k, (was, new) in differing.items())
-        raise UserError(f"{earlier.parent} was started otherwise: {told}; use another --out")
-    if longer:
-        say(f"extending {earlier.parent} from {old.epochs:g} to {config.epochs:g} epochs")
-        if distributed.rank() == 0:
-            write_yaml(earlier, {"name": name, **plain(config)})
-            (earlier.parent / "summary.json").unlink(missing_ok=True)
-    return config
 
 
 def _refuse_unequal_shares(config: Pretrain) -> None:
@@ -265,16 +197,6 @@ def _refuse_unequal_shares(config: Pretrain) -> None:
             f"{share} images a device do not make {config.accumulate} chunks of two or more; "
             f"use --accumulate {max(1, share // 2)}"
         )
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in new.items():
-        if isinstance(value, dict):
-            found |= _differences(old[key], value, f"{prefix}{key}.")
-        elif old[key] != value and (prefix or key not in UNBOUND):
-            found[prefix + key] = (old[key], value)
-    return found
 
 
 def _finished(out: Path, config: Pretrain, source: Source) -> bool:

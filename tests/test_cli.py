@@ -52,7 +52,7 @@ def test_help_and_flags_come_without_torch():
         (["pretrain", "mocov2"], "use --data SOURCE"),
         (["pretrain", "mocov2", "--data", "x", "--epochs", "-1"], "--epochs must be above 0"),
         (["pretrain", "mocov2", "--data", "x", "--config"], "--config needs a file"),
-        (["pretrain", "mocov2", "--resume"], "the same command with the run's folder as --out"),
+        (["pretrain", "mocov2", "--resume"], "the same command again goes on"),
         (["pretrain", "mocov2", "--data"], "Missing value for argument '--data'"),
         (["evaluate", "knn"], "still to be given: CHECKPOINT, --train, --test"),
         (["evaluate", "knn", "run", "--test", "x"], "still to be given: --train"),

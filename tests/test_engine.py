@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from firstsight import checkpoint, engine, loader, run, update
+from firstsight import checkpoint, engine, folders, loader, run, update
 from firstsight.errors import UserError
 from firstsight.features import Reader, extract, subset
 from firstsight.log import read_log
@@ -366,15 +366,48 @@ def test_a_run_that_goes_on_must_be_the_same_run(tmp_path):
     settings = config("simclr", tmp_path)
     run.write_yaml(earlier, {"name": "simclr", **run.plain(settings)})
     auto = dataclasses.replace(settings, precision="auto", layout="auto", workers=3, log_every=7)
-    assert run.continued("simclr", auto, earlier).precision == "fp32"
+    assert folders.continued("simclr", auto, earlier).precision == "fp32"
     with pytest.raises(UserError, match=r"started otherwise: --size 48 \(was 32\)"):
-        run.continued("simclr", dataclasses.replace(settings, size=48), earlier)
+        folders.continued("simclr", dataclasses.replace(settings, size=48), earlier)
     with pytest.raises(UserError, match="is a run of simclr"):
-        run.continued("mocov2", settings, earlier)
+        folders.continued("mocov2", settings, earlier)
     longer = dataclasses.replace(settings, epochs=5.0)
-    assert run.continued("simclr", longer, earlier).epochs == 5.0
+    assert folders.continued("simclr", longer, earlier).epochs == 5.0
     with pytest.raises(UserError, match="--epochs 2"):
-        run.continued("simclr", settings, earlier)
+        folders.continued("simclr", settings, earlier)
+
+
+def test_without_a_folder_the_same_command_finds_its_own_unfinished_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = dataclasses.replace(config("simclr", tmp_path), out="")
+    first = tmp_path / "runs" / "simclr-001"
+
+    def found(values=settings, name="simclr"):
+        return folders.of(name, values).name
+
+    assert found() == "simclr-001"
+    (first / "checkpoints").mkdir(parents=True)
+    run.write_yaml(first / "config.yaml", {"name": "simclr", **run.plain(settings)})
+    assert found() == "simclr-002"  # nothing to go on with
+    (first / "checkpoints" / "last").touch()
+    assert found() == found(dataclasses.replace(settings, precision="auto")) == "simclr-001"
+    assert found(dataclasses.replace(settings, seed=1)) == "simclr-002"
+    assert found(dataclasses.replace(settings, epochs=9.0)) == "simclr-002"
+    assert found(name="mocov2") == "mocov2-001"
+    (first / "summary.json").touch()
+    assert found() == "simclr-002"  # finished
+    (first / "summary.json").unlink()
+    other = "from pathlib import Path; from firstsight import folders; import sys\n"
+    other += (
+        f"with folders.only_writer(Path({str(first)!r})): print(1, flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as writer:
+        assert writer.stdout.readline() == b"1\n"
+        assert found() == "simclr-002"  # at work
+        writer.stdin.close()
+    assert found() == "simclr-001"
 
 
 @pytest.mark.parametrize("name", ["simclr", "mocov2"])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from firstsight import cli, run
+from firstsight import cli, folders
 from firstsight.errors import UserError
 from firstsight.evaluate import knn, over_snapshots
 from firstsight.report import write_report
@@ -22,7 +22,7 @@ def test_a_reading_is_drawn_over_the_run_while_it_is_written(tmp_path, capsys):
     with open(folder / "log.jsonl", "a") as file:
         file.write('{"step": 7, "lo')
     (folder / "checkpoints" / ".step-00000009.pt.part").write_bytes(b"half")
-    with run._only_writer(folder):  # as the process that trains holds it
+    with folders.only_writer(folder):  # as the process that trains holds it
         args = ["evaluate", "knn", str(folder), "--snapshots", "--k", "5", "--device", "cpu"]
         args += ["--train", ASKED["train"], "--test", ASKED["test"]]
         cli.main([*args, "--json", str(tmp_path / "over.json")])

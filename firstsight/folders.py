@@ -1,0 +1,122 @@
+"""The folder of a run: which one it is, that one process alone writes it, what may differ there."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from firstsight import distributed
+from firstsight.errors import UserError
+from firstsight.log import say
+from firstsight.settings import UNBOUND, Pretrain, flag, merged, plain, read_yaml, write_yaml
+
+
+def of(name: str, config: Pretrain) -> Path:
+    """Where a run without `--out` goes: to its own unfinished folder, or the next free number.
+
+    Its own is the newest of `runs/NAME-NNN` that nobody is writing and whose settings are these.
+    """
+    found = [re.fullmatch(rf"{name}-(\d+)", path.name) for path in Path("runs").glob(f"{name}-*")]
+    taken = sorted((int(match[1]), Path("runs") / match[0]) for match in found if match)
+    for _, folder in reversed(taken):
+        if _goes_on(folder, config):
+            say(f"going on with {folder}; another --out would start anew")
+            return folder
+    return Path("runs") / f"{name}-{taken[-1][0] + 1 if taken else 1:03d}"
+
+
+def _goes_on(folder: Path, config: Pretrain) -> bool:
+    begun = (folder / "checkpoints" / "last").exists() and not (folder / "summary.json").exists()
+    if not begun or not (folder / "config.yaml").exists():
+        return False
+    try:
+        with only_writer(folder):
+            _, differing = _compared(config, folder / "config.yaml")
+    except UserError:  # written by another process, or by another version
+        return False
+    return not differing
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Hold the run folder for writing; readers are welcome, a second writer is refused."""
+    if distributed.rank() > 0:
+        yield
+        return
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this platform
+        yield
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "w")  # noqa: SIM115  held until the block ends
+    except OSError as error:
+        raise UserError(f"cannot write into {out} ({error.strerror}); use another --out") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{out} is being written by another process; use another --out"
+            ) from None
+        yield
+
+
+def continued(name: str, config: Pretrain, earlier: Path) -> Pretrain:
+    """`config` for going on with an earlier run: the same but for what does not change results.
+
+    `auto` means what was picked then; more epochs extend the run; other differences are refused.
+    """
+    if (old_name := read_yaml(earlier).get("name", name)) != name:
+        raise UserError(f"{earlier.parent} is a run of {old_name}; use another --out for {name}")
+    config, differing = _compared(config, earlier)
+    was, wanted = differing.get("epochs", (0.0, 0.0))
+    if longer := wanted > was:
+        differing.pop("epochs")
+    if differing:
+        told = ", ".join(f"{flag(k)} {new} (was {was})" for k, (was, new) in differing.items())
+        raise UserError(f"{earlier.parent} was started otherwise: {told}; use another --out")
+    if longer:
+        say(f"extending {earlier.parent} from {was:g} to {wanted:g} epochs")
+        if distributed.rank() == 0:
+            write_yaml(earlier, {"name": name, **plain(config)})
+            (earlier.parent / "summary.json").unlink(missing_ok=True)
+    return config
+
+
+_Differing = dict[str, tuple[Any, Any]]
+"""Flag -> (what it was, what it is)."""
+
+
+def _compared(config: Pretrain, earlier: Path) -> tuple[Pretrain, _Differing]:
+    """`config` with what the earlier run had picked for `auto`, and what then differs.
+
+    The warm-up of a run that is made longer is past, and stays what it was.
+    """
+    values = read_yaml(earlier)
+    values.pop("name", None)
+    old = merged(config, values, str(earlier))
+    config = dataclasses.replace(
+        config,
+        precision=old.precision if config.precision == "auto" else config.precision,
+        layout=old.layout if config.layout == "auto" else config.layout,
+        warmup_epochs=old.warmup_epochs if config.epochs > old.epochs else config.warmup_epochs,
+    )
+    return config, _differences(plain(old), plain(config))
+
+
+def _differences(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    found: dict[str, tuple[Any, Any]] = {}
+    for key, value in new.items():
+        if isinstance(value, dict):
+            found |= _differences(old[key], value, f"{prefix}{key}.")
+        elif old[key] != value and (prefix or key not in UNBOUND):
+            found[prefix + key] = (old[key], value)
+    return found
