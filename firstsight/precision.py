@@ -16,7 +16,8 @@ from firstsight.loader import LAYOUTS
 from firstsight.log import say
 from firstsight.settings import Pretrain
 
-_TRIAL_IMAGES = 64
+_TRIAL_PIXELS = 64 * 64 * 64
+"""Of a trial's images together: 64 of 64 pixels a side; never below 16."""
 
 
 def pick(name: str, config: Pretrain) -> tuple[str, str]:
@@ -44,7 +45,9 @@ def _worth_trying(device: torch.device) -> list[str]:
 
 def _rate(name: str, config: Pretrain, precision: Any, layout: Any) -> float:
     """Images per second of the fastest of some steps."""
-    count = min(_TRIAL_IMAGES, config.batch_size // distributed.world())
+    share = config.batch_size // distributed.world()
+    fitting = min(64, _TRIAL_PIXELS // config.size**2)
+    count = min(max(fitting, 16), share)
     tried = dataclasses.replace(
         config, precision=precision, layout=layout, accumulate=1, compile=False
     )

@@ -22,6 +22,11 @@ from firstsight.sources.base import Source
 
 _STEPS = 3
 
+_PART = 32
+"""Images of a trial in place of a batch that takes long."""
+_PATIENCE = 4.0
+"""Seconds that a step of a trial may take before a part of it must do."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
@@ -61,10 +66,30 @@ def run(name: str, config: Pretrain, images: int, source_images: int) -> Trial:
         update.gradients(method, batch, scaler, config).loss.item()
         update.apply(method, optimizer, scaler, config, progress=0.0, lr=0.0)
         best = min(best, time.perf_counter() - began)
+        if best > _PATIENCE:  # long enough to tell
+            break
     return Trial(
         seconds=best,
         memory=_peak(device),
         parameters=sum(p.numel() for p in method.backbone.parameters()),
+    )
+
+
+def of_share(name: str, config: Pretrain, images: int, source_images: int) -> Trial:
+    """`run`; where a CPU would take long for it, from a part of the images: both grow with them."""
+    chunk = -(-images // config.accumulate)
+    if distributed.device().type != "cpu" or chunk <= 2 * _PART:
+        return run(name, config, images, source_images)
+    part = dataclasses.replace(config, accumulate=1)
+    few = run(name, part, _PART // 2, source_images)
+    more = run(name, part, _PART, source_images)
+    if more.seconds * images / _PART < _PATIENCE:
+        return run(name, config, images, source_images)
+    each = (more.memory - few.memory) / (_PART - _PART // 2)
+    return Trial(
+        seconds=more.seconds * images / _PART,
+        memory=round(more.memory + each * (chunk - _PART)),
+        parameters=more.parameters,
     )
 
 
@@ -83,7 +108,7 @@ def dry_run(name: str, config: Pretrain, source: Source) -> dict[str, Any]:
     """What a run would take, from a trial of its steps and of its views; config is resolved."""
     order = Epochs(len(source), config.batch_size, config.seed)
     steps, world = order.steps(config.epochs), distributed.world()
-    trial = run(name, config, config.batch_size // world, len(source))
+    trial = of_share(name, config, config.batch_size // world, len(source))
     maker = Steps(
         source=source,
         views=config.views,

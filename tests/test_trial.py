@@ -78,6 +78,25 @@ def test_a_trial_says_memory_seconds_and_parameters(tmp_path):
         assert found.memory == pytest.approx(peak * 1024, rel=0.05)
 
 
+def test_on_a_cpu_a_batch_that_takes_long_is_tried_in_part(monkeypatch, tmp_path):
+    tried = []
+
+    def timed(seconds):
+        def run(name, config, images, source_images):
+            tried.append((images, config.accumulate))
+            return trial.Trial(seconds=seconds * images, memory=1000 + 10 * images, parameters=3)
+
+        tried.clear()
+        monkeypatch.setattr(trial, "run", run)
+        settings = config("simclr", tmp_path, batch_size=256, accumulate=2)
+        return trial.of_share("simclr", settings, 256, 1000)
+
+    assert timed(1.0) == trial.Trial(seconds=256, memory=1000 + 10 * 128, parameters=3)
+    assert tried == [(16, 1), (32, 1)]
+    assert timed(0.01).seconds == pytest.approx(2.56)
+    assert tried[-1] == (256, 2)  # as it is asked for
+
+
 def test_workers_share_the_cores_of_a_cpu_and_not_a_gpu(monkeypatch):
     assert trial.seconds_per_step(2.0, 1.0, workers=0, cores=4) == 3.0
     assert trial.seconds_per_step(2.0, 1.0, workers=4, cores=4) == 2.25
