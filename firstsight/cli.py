@@ -76,15 +76,35 @@ class Common:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Knn(Common):
-    """k-nearest neighbours, every k in one pass; --snapshots reads every snapshot of a run."""
+class Reading(Common):
+    """What every reading of a backbone with labelled images can be told."""
 
     checkpoint: tyro.conf.Positional[str]
     """CHECKPOINT: a run folder, a file of ours, random:NAME, torchvision:NAME, timm:NAME."""
     train: str
-    """Labelled SOURCE of the bank."""
+    """Labelled SOURCE to learn from: the bank of neighbours, the images of a classifier."""
     test: str
     """Labelled SOURCE to classify."""
+    snapshots: bool = False
+    """Read every snapshot of a run, and keep the curve in its folder."""
+    size: int = 0
+    """Side of the images, pixels; 0: as pretrained."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the backbone."""
+    workers: int = 0
+    """Processes that decode; 0: this one."""
+    download: bool = False
+    """Fetch cifar10:train, cifar100:..., stl10:... where their files are missing."""
+
+    def __post_init__(self) -> None:
+        if min(self.size, self.workers) < 0:
+            raise UserError("--size and --workers must not be below 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Knn(Reading):
+    """k-nearest neighbours, every k in one pass."""
+
     k: tuple[int, ...] = (1, 5, 20, 200)
     """Numbers of neighbours that vote."""
     temperature: float = 0.07
@@ -95,39 +115,24 @@ class Knn(Common):
     """What near means."""
     layer: Literal["backbone", "embedding"] = "backbone"
     """Pooled features, or the projector's output (of a run folder)."""
-    size: int = 0
-    """Side of the images, pixels; 0: as pretrained."""
     train_images: int = 0
     """Images of the bank, drawn by --seed; 0: all."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the backbone."""
     batch_size: int = 256
     """Images per forward pass."""
-    workers: int = 0
-    """Processes that decode; 0: this one."""
-    download: bool = False
-    """Fetch cifar10:train, cifar100:..., stl10:... where their files are missing."""
 
     def __post_init__(self) -> None:
-        if tyro.MISSING in (self.checkpoint, self.train, self.test):
-            return  # what the command line has yet to fill in
+        super().__post_init__()
         require_positive("--", self, "temperature", "batch_size")
         if not self.k or min(self.k) < 1:
             raise UserError(f"--k takes numbers of 1 or more, not {self.k}")
-        if min(self.size, self.train_images, self.workers) < 0:
-            raise UserError("--size, --train-images and --workers must not be below 0")
+        if self.train_images < 0:
+            raise UserError("--train-images must not be below 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Linear(Common):
+class Linear(Reading):
     """A linear classifier on the frozen backbone; what is not given is as the protocol says."""
 
-    checkpoint: tyro.conf.Positional[str]
-    """CHECKPOINT: a run folder, a file of ours, random:NAME, torchvision:NAME, timm:NAME."""
-    train: str
-    """Labelled SOURCE to train the classifier on."""
-    test: str
-    """Labelled SOURCE to classify."""
     protocol: Literal["cached", "moco", "pic", "byol", "scrl", "swav", "dino"] = "cached"
     """Where all numbers start. cached: on features extracted once, the best of 12 settings by a
     held-out tenth of --train. The others: as published, on random crops; slow, as they decode and
@@ -162,18 +167,6 @@ class Linear(Common):
     """Smallest random crop, share of the image area."""
     interpolation: Literal["bilinear", "bicubic"] | None = None
     """Filter of the resize."""
-    size: int = 0
-    """Side of the images, pixels; 0: as pretrained."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the backbone."""
-    workers: int = 0
-    """Processes that decode; 0: this one."""
-    download: bool = False
-    """Fetch cifar10:train, cifar100:..., stl10:... where their files are missing."""
-
-    def __post_init__(self) -> None:
-        if min(self.size, self.workers) < 0:
-            raise UserError("--size and --workers must not be below 0")
 
 
 def evaluate(args: list[str]) -> None:
@@ -190,39 +183,26 @@ def evaluate(args: list[str]) -> None:
 
 def evaluate_knn(args: list[str], target: str | None) -> None:
     """Accuracy of k-nearest neighbours."""
-    over_run, args = "--snapshots" in args, [arg for arg in args if arg != "--snapshots"]
     asked = settings.shallow(parsed(Knn, args, "evaluate knn"))
 
-    from firstsight.evaluate import knn, over_snapshots
+    from firstsight.evaluate import knn
 
-    spec = asked.pop("checkpoint")
-    if over_run:
-        results = over_snapshots(spec, "knn", lambda snapshot: knn(snapshot, **asked))
-        steps = [[str(one["step"]), f"{one['top1']:.2f}"] for one in results]
-        _table("k-NN accuracy over the run, percent, best k", ["step", "top-1"], steps)
-        return _write_json(target, results)
-    result = knn(spec, **asked)
-    rows = [
-        [k, f"{figures['top1']:.2f}", f"{figures['top5']:.2f}"]
-        for k, figures in result["k"].items()
-    ]
-    _show("k-NN accuracy, percent", ["k", "top-1", "top-5"], rows, result, target)
+    if (result := _read(knn, "knn", asked, target)) is not None:
+        rows = [
+            [k, f"{figures['top1']:.2f}", f"{figures['top5']:.2f}"]
+            for k, figures in result["k"].items()
+        ]
+        _show("k-NN accuracy, percent", ["k", "top-1", "top-5"], rows, result, target)
 
 
 def evaluate_linear(args: list[str], target: str | None) -> None:
     """Accuracy of a linear classifier on frozen features."""
-    over_run, args = "--snapshots" in args, [arg for arg in args if arg != "--snapshots"]
     asked = settings.shallow(parsed(Linear, args, "evaluate linear"))
 
-    from firstsight.evaluate import linear, over_snapshots
+    from firstsight.evaluate import linear
 
-    spec = asked.pop("checkpoint")
-    if over_run:
-        results = over_snapshots(spec, "linear", lambda snapshot: linear(snapshot, **asked))
-        steps = [[str(one["step"]), f"{one['top1']:.2f}"] for one in results]
-        _table("linear accuracy over the run, percent", ["step", "top-1"], steps)
-        return _write_json(target, results)
-    result = linear(spec, **asked)
+    if (result := _read(linear, "linear", asked, target)) is None:
+        return
     rows = [["last epoch", f"{result['top1']:.2f}", f"{result['top5']:.2f}"]]
     best = f"epoch {result['best_epoch']}, the best on the test images"
     rows.append([best, f"{result['best_top1']:.2f}", ""])
@@ -230,6 +210,24 @@ def evaluate_linear(args: list[str], target: str | None) -> None:
         lr, decay = result["chosen"]["lr"], result["chosen"]["weight_decay"]
         rows.append([f"learning rate {lr:g}, weight decay {decay:g}: chosen held out", "", ""])
     _show("linear accuracy, percent", ["", "top-1", "top-5"], rows, result, target)
+
+
+def _read(
+    reading: Callable[..., dict[str, Any]], name: str, asked: dict[str, Any], target: str | None
+) -> dict[str, Any] | None:
+    """The reading of one checkpoint; those of all snapshots are shown here, and nothing is left."""
+    spec, over_run = asked.pop("checkpoint"), asked.pop("snapshots")
+    if not over_run:
+        return reading(spec, **asked)
+
+    from firstsight.evaluate import over_snapshots
+
+    results = over_snapshots(spec, name, lambda snapshot: reading(snapshot, **asked))
+    steps = [[str(one["step"]), f"{one['top1']:.2f}"] for one in results]
+    what = {"knn": "k-NN at its best k", "linear": "linear"}[name]
+    _table(f"{what} over the run, percent", ["step", "top-1"], steps)
+    _write_json(target, results)
+    return None
 
 
 READINGS: dict[str, Callable[[list[str], str | None], None]] = {
