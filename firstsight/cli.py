@@ -403,10 +403,10 @@ def _show(
     target: str | None,
 ) -> None:
     """Print a result as a table with its protocol, and write it as JSON where asked."""
+    _write_json(target, result)  # first: who prints into `head` has it all the same
     _table(title, columns, rows)
     protocol = ", ".join(f"{key} {value}" for key, value in result["protocol"].items())
     Console().print(f"protocol: {protocol}", markup=False, highlight=False)
-    _write_json(target, result)
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -143,6 +143,7 @@ def demo(*, out: str, epochs: float, seed: int, device: str, threads: int) -> Pa
     _, defaults, own = methods.describe("simclr")
     chosen = {**DEMO, "epochs": epochs or DEMO["epochs"], "out": out}
     chosen |= {"seed": seed, "device": device, "threads": threads}
+    chosen["warmup_epochs"] *= min(1.0, chosen["epochs"] / DEMO["epochs"])
     return pretrain("simclr", begun(defaults, own, chosen, "demo"))
 
 

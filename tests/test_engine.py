@@ -377,6 +377,16 @@ def test_a_run_that_goes_on_must_be_the_same_run(tmp_path):
         folders.continued("simclr", settings, earlier)
 
 
+def test_a_demo_of_any_length_has_a_warm_up_that_fits(monkeypatch):
+    monkeypatch.setattr(run, "pretrain", lambda name, config: config)
+
+    def asked(epochs):
+        return run.demo(out="", epochs=epochs, seed=0, device="cpu", threads=1)
+
+    assert asked(0).epochs == 7.0 and asked(0).warmup_epochs == asked(20).warmup_epochs == 0.3
+    assert asked(0.07).warmup_epochs == pytest.approx(0.003)
+
+
 def test_without_a_folder_the_same_command_finds_its_own_unfinished_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = dataclasses.replace(config("simclr", tmp_path), out="")

@@ -18,6 +18,7 @@ from firstsight.evaluate import linear
 from firstsight.evaluate.linear import (
     PROTOCOLS,
     Protocol,
+    _choice,
     best_of,
     cached,
     held_out,
@@ -411,3 +412,13 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     assert result["protocol"]["lr"] == [0.1, 0.01] and result["protocol"]["name"] == "cached"
     for key in ("size", "view", "epochs", "seed", "versions", "weight_decay", "representation"):
         assert key in result["protocol"]
+
+
+def test_a_choice_that_rests_on_few_images_says_so(capsys):
+    judged = [{"top1": top1, "loss": 1.0} for top1 in (30.0, 24.0, 10.0)]
+    settings = [(0.01, 0.0), (0.1, 0.0), (1.0, 0.0)]
+    said = _choice(settings, judged, 0, images=50)["chosen"]
+    assert said["standard_error"] == 6.48  # sqrt(.3 * .7 / 50)
+    assert "50 held-out images: 2 of 3 settings" in capsys.readouterr().err
+    _choice(settings, judged, 0, images=5000)
+    assert "held-out images" not in capsys.readouterr().err

@@ -350,10 +350,19 @@ def _choice(
     rates = [rate for rate, _ in settings]
     if len(set(rates)) > 1 and lr in (min(rates), max(rates)):
         say(f"the best learning rate, {lr:g}, is at the edge of those tried; --lr takes others")
+    top1 = judged[best]["top1"]
+    error = math.sqrt(top1 * (100 - top1) / images)  # of a share, in percent
+    alike = sum(j["top1"] >= top1 - error for j in judged)
+    if alike > 1:
+        say(
+            f"the choice rests on {images} held-out images: {alike} of {len(settings)} settings "
+            f"are within one standard error ({error:.1f} points) of the best"
+        )
     return {
         "chosen": {
             "lr": lr,
             "weight_decay": weight_decay,
+            "standard_error": round(error, 2),
             "on": f"a held-out tenth of the training images ({images})",
         },
         "sweep": [
