@@ -145,6 +145,8 @@ class Linear(Reading):
     """Peak learning rate per 256 images of a batch, in place of --lr."""
     weight_decay: tuple[float, ...] = ()
     """Weight decay; several (with cached) are compared."""
+    optimizer: Literal["sgd", "lars"] | None = None
+    """SGD with momentum, or LARS around it."""
     momentum: float | None = None
     """Momentum of SGD."""
     nesterov: bool | None = None

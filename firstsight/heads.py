@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firstsight.errors import UserError
+from firstsight.lars import VARIANTS, Lars
 from firstsight.metrics import places
 
 _LOGITS = 2**25
@@ -91,7 +92,7 @@ class Heads(nn.Module):
 
 
 class Descent:
-    """SGD on heads, each with a learning rate and a weight decay of its own."""
+    """SGD (or LARS) on heads, each with a learning rate and a weight decay of its own."""
 
     def __init__(
         self,
@@ -100,16 +101,24 @@ class Descent:
         *,
         momentum: float = 0.9,
         nesterov: bool = False,
+        lars: str = "",
     ) -> None:
-        """`settings` are the (peak learning rate, weight decay) of each head."""
+        """`settings` are the (peak learning rate, weight decay) of each head; `lars` is a variant
+        of it around SGD, where there is to be one."""
         self.heads, self.peaks = heads, [lr for lr, _ in settings]
         groups = [
             {"params": list(head.parameters()), "weight_decay": decay}
             for head, (_, decay) in zip(heads.heads, settings, strict=True)
         ]
-        self.optimizer = torch.optim.SGD(
-            groups, lr=0.0, momentum=momentum, nesterov=nesterov, fused=True
-        )
+        self.optimizer: torch.optim.Optimizer
+        if lars:
+            self.optimizer = Lars(
+                groups, VARIANTS[lars], weight_decay=0.0, momentum=momentum, nesterov=nesterov
+            )
+        else:
+            self.optimizer = torch.optim.SGD(
+                groups, lr=0.0, momentum=momentum, nesterov=nesterov, fused=True
+            )
 
     def step(self, features: Tensor, labels: Tensor, factor: float) -> None:
         """One step on features (B, C) and labels (B,), at `factor` of the peak learning rates."""

@@ -80,11 +80,20 @@ class Lars(torch.optim.Optimizer):
     """LARS; a parameter group with `excluded` true takes plain steps of SGD with momentum."""
 
     def __init__(
-        self, parameters: Any, variant: Variant, *, weight_decay: float, momentum: float = 0.9
+        self,
+        parameters: Any,
+        variant: Variant,
+        *,
+        weight_decay: float,
+        momentum: float = 0.9,
+        nesterov: bool = False,
     ) -> None:
+        """`nesterov`: what moves is the adapted gradient and the buffer after it, as in SGD."""
+        if nesterov and variant.rate_in_buffer:
+            raise ValueError("Nesterov's momentum needs the learning rate outside the buffer")
         own = {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum, "excluded": False}
         super().__init__(parameters, own)
-        self.variant = variant
+        self.variant, self.nesterov = variant, nesterov
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -101,7 +110,11 @@ class Lars(torch.optim.Optimizer):
             if self.variant.rate_in_buffer:
                 entering, leaving = leaving, entering
             torch._foreach_mul_(velocities, group["momentum"])
-            torch._foreach_add_(velocities, self._pulls(moved, group), alpha=entering)
+            pulls = self._pulls(moved, group)
+            torch._foreach_add_(velocities, pulls, alpha=entering)
+            if self.nesterov:
+                torch._foreach_add_(moved, pulls, alpha=-leaving)
+                leaving *= group["momentum"]
             torch._foreach_add_(moved, velocities, alpha=-leaving)
 
     def _pulls(self, moved: list[Tensor], group: dict[str, Any]) -> list[Tensor]:

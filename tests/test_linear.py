@@ -230,6 +230,7 @@ def test_protocols_have_the_published_numbers():
     dino = [PROTOCOLS["dino"].rate(step, 10) for step in (0, 9, 10, 509)]
     cosine = [0.5 * (1 + math.cos(math.pi * epoch / 100)) for epoch in (0, 0, 1, 50)]
     assert dino == pytest.approx(cosine)
+    assert [n for n, how in PROTOCOLS.items() if how.optimizer == "lars"] == ["scrl"]
     scrl = [PROTOCOLS["scrl"].rate(step, 10) for step in (0, 25, 50, 425)]
     assert scrl == pytest.approx([0, 0.5, 1, 0.5])
 
@@ -422,3 +423,16 @@ def test_a_choice_that_rests_on_few_images_says_so(capsys):
     assert "50 held-out images: 2 of 3 settings" in capsys.readouterr().err
     _choice(settings, judged, 0, images=5000)
     assert "held-out images" not in capsys.readouterr().err
+
+
+def test_a_head_under_lars_makes_the_published_step():
+    """Trust .001, nothing excluded, no decay: both tensors move by a thousandth of themselves."""
+    x, y = clouds(20, classes=2)
+    heads = Heads(1, x.shape[1], 2, seed=0, std=0.0)
+    before = [p.detach().clone() for p in heads.heads[0].parameters()]
+    how = Protocol(augment=False, lr=(2.0,), optimizer="lars", momentum=0.0, epochs=1)
+    rows = iter([(x.float(), y)])
+    list(trained(heads, how.settings, how, rows, 1, "one"))
+    for old, new in zip(before, heads.heads[0].parameters(), strict=True):
+        moved = (new.detach() - old).norm() / old.norm()
+        assert moved.item() == pytest.approx(2.0 * 0.001, rel=1e-4)

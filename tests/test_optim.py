@@ -55,6 +55,25 @@ def test_scrl_lars_makes_the_published_step():
     assert (weight - moved).tolist() == pytest.approx([0.00433333, 0.00133333], abs=5e-9)
 
 
+def test_nesterov_in_lars_is_that_of_sgd_with_an_adapted_gradient():
+    """torch's own SGD on the adapted gradients, by hand, is the same walk."""
+    value = waves((3, 4), 0.1)
+    ours, theirs = nn.Parameter(value.clone()), nn.Parameter(value.clone())
+    variant = lars.VARIANTS["larc"]
+    optimizer = lars.Lars([ours], variant, weight_decay=0.0, nesterov=True)
+    reference = torch.optim.SGD([theirs], lr=0.0, momentum=0.9, nesterov=True)
+    for lr, phase in ((0.5, 1.0), (2.0, 0.3), (0.7, 2.0)):
+        gradient = waves((3, 4), phase)
+        ours.grad = gradient.clone()
+        theirs.grad = gradient * 0.001 * theirs.detach().norm() / (gradient.norm() + 1e-8)
+        for one in (optimizer, reference):
+            optim.set_rate(one, lr)
+            one.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    with pytest.raises(ValueError, match="Nesterov"):
+        lars.Lars([ours], lars.VARIANTS["simclr"], weight_decay=0.0, nesterov=True)
+
+
 def looped(variant, rates, value, gradients, decay, excluded):
     """One tensor by plain loops, each variant as its own text says it."""
     p, buffer = [x.item() for x in value.flatten()], [0.0] * value.numel()

@@ -50,7 +50,7 @@ _DECAYS = (0.0, 1e-3, 1e-2)
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How a linear classifier is trained. SGD with momentum; its backbone is never trained."""
+    """How a linear classifier is trained; its backbone is never trained."""
 
     augment: bool = True
     """Train on random crops and flips, drawn anew in each epoch; or on features extracted once."""
@@ -60,6 +60,8 @@ class Protocol:
     """Peak learning rate per 256 images of a batch, where `lr` is empty."""
     weight_decay: tuple[float, ...] = (0.0,)
     """Weight decays: each is tried with each learning rate."""
+    optimizer: Literal["sgd", "lars"] = "sgd"
+    """SGD with momentum, or LARS around it: each tensor moves by its own length times 0.001."""
     momentum: float = 0.9
     """Momentum of SGD."""
     nesterov: bool = False
@@ -154,9 +156,9 @@ PROTOCOLS: dict[str, Protocol] = {
         interpolation="bicubic",
     ),
     # Roh et al. 2021 (https://arxiv.org/abs/2103.06122) and its code; its BYOL takes base_lr 0.05.
-    # differs from the paper: SGD in place of LARS around it (trust 0.001, nothing excluded).
     "scrl": Protocol(
         base_lr=0.2,
+        optimizer="lars",
         nesterov=True,
         batch_size=4096,
         epochs=80,
@@ -183,6 +185,7 @@ def linear(
     lr: Sequence[float] = (),
     base_lr: float | None = None,
     weight_decay: Sequence[float] = (),
+    optimizer: Literal["sgd", "lars"] | None = None,
     momentum: float | None = None,
     nesterov: bool | None = None,
     batch_size: int | None = None,
@@ -213,6 +216,7 @@ def linear(
         "lr": tuple(lr),
         "base_lr": base_lr,
         "weight_decay": tuple(weight_decay),
+        "optimizer": optimizer,
         "momentum": momentum,
         "nesterov": nesterov,
         "batch_size": batch_size,
@@ -282,7 +286,7 @@ def stated(name: str, how: Protocol) -> dict[str, Any]:
     left_out |= {"drops"} if how.schedule == "cosine" else set()
     left_out |= set() if how.augment else {"min_scale"}
     numbers = {key: value for key, value in plain(how).items() if key not in left_out}
-    return {"name": name, **numbers, "lr": list(how.peaks), "optimizer": "sgd", "layer": "backbone"}
+    return {"name": name, **numbers, "lr": list(how.peaks), "layer": "backbone"}
 
 
 @contextmanager
@@ -469,7 +473,13 @@ def trained(
 
     `rows` gives the features (B, C) and labels (B,) of each step.
     """
-    descent = Descent(heads, settings, momentum=how.momentum, nesterov=how.nesterov)
+    descent = Descent(
+        heads,
+        settings,
+        momentum=how.momentum,
+        nesterov=how.nesterov,
+        lars="larc" if how.optimizer == "lars" else "",  # the variant that excludes nothing
+    )
     with Meter(f"linear, {what}", 0, how.epochs) as meter:
         for step in range(how.epochs * steps_an_epoch):
             features, labels = next(rows)
