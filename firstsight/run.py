@@ -188,15 +188,17 @@ def _workers(config: Pretrain) -> int:
 def _refuse_unequal_shares(config: Pretrain) -> None:
     world = distributed.world()
     if config.batch_size % world:
-        fitting = config.batch_size - config.batch_size % world
+        fitting = max(config.batch_size - config.batch_size % world, 2 * world)
         raise UserError(
             f"batch size {config.batch_size} does not divide over {world} ranks; "
-            f"use --batch-size {max(fitting, 2 * world)} or {fitting + world}"
+            f"use --batch-size {fitting} or {fitting + world}"
         )
-    if (share := config.batch_size // world) < 2 * config.accumulate:
+    if (share := config.batch_size // world) < 2:
+        raise UserError(f"one image a device has no company; use --batch-size {2 * world}")
+    if share < 2 * config.accumulate:
         raise UserError(
             f"{share} images a device do not make {config.accumulate} chunks of two or more; "
-            f"use --accumulate {max(1, share // 2)}"
+            f"use --accumulate {share // 2}"
         )
 
 

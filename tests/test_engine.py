@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from firstsight import checkpoint, engine, folders, loader, run, update
+from firstsight import backbones, checkpoint, distributed, engine, folders, loader, run, update
 from firstsight.errors import UserError
 from firstsight.features import Reader, extract, subset
 from firstsight.log import read_log
 from firstsight.probe import KnnProbe
 from firstsight.schedule import Schedule, due
+from tests.methods.test_all import free_port
 from tests.tiny import Patches, config
 
 
@@ -344,10 +346,6 @@ def _rank_of_a_run(rank, port, folder):
 
 def test_two_ranks_walk_the_whole_road(tmp_path):
     """Trial, readings, log, checkpoints, pictures, report: nobody waits for anybody for ever."""
-    import multiprocessing
-
-    from tests.methods.test_all import free_port
-
     context, port = multiprocessing.get_context("spawn"), free_port()
     ranks = [context.Process(target=_rank_of_a_run, args=(r, port, tmp_path)) for r in range(2)]
     for process in ranks:
@@ -359,6 +357,62 @@ def test_two_ranks_walk_the_whole_road(tmp_path):
     assert summary["steps"] == 8 and summary["knn"]["trained"] is not None
     assert {"linear", "linear_online"} <= summary.keys()
     assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == list(range(9))
+
+
+@pytest.mark.parametrize(
+    ("world", "values", "said"),
+    [
+        (4, {"batch_size": 10}, "does not divide over 4 ranks; use --batch-size 8 or 12"),
+        (4, {"batch_size": 3}, "does not divide over 4 ranks; use --batch-size 8 or 12"),
+        (2, {"batch_size": 8, "accumulate": 3}, "4 images a device .* use --accumulate 2"),
+        (2, {"batch_size": 2}, "use --batch-size 4"),
+    ],
+)
+def test_a_batch_that_ranks_and_chunks_cannot_share_is_refused(
+    world, values, said, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(distributed, "world", lambda: world)
+    with pytest.raises(UserError, match=said):
+        run._refuse_unequal_shares(config("simclr", tmp_path, **values))
+    run._refuse_unequal_shares(config("simclr", tmp_path, batch_size=16, accumulate=2))
+
+
+def _features_of_own_statistics(rank, port, folder):
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    distributed.start("cpu")
+    network = _network_with_statistics(rank)
+    features = extract(network, Patches(8), Reader(size=32))
+    torch.save(features.values, folder / f"{rank}.pt")
+    distributed.stop()
+
+
+def _network_with_statistics(rank):
+    torch.manual_seed(0)
+    network = backbones.build("timm:resnet10t", "standard", 32)
+    for name, buffer in network.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.fill_(float(rank))
+    return network
+
+
+def test_ranks_with_other_batch_norm_statistics_judge_one_network(tmp_path):
+    """Without DDP's broadcast each rank has statistics of its own: those of rank 0 are judged."""
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    ranks = [
+        context.Process(target=_features_of_own_statistics, args=(r, port, tmp_path))
+        for r in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(240)
+        assert process.exitcode == 0
+    alone = extract(_network_with_statistics(0), Patches(8), Reader(size=32)).values
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), alone, atol=1e-5, rtol=1e-5)
 
 
 def test_a_run_that_goes_on_must_be_the_same_run(tmp_path):
