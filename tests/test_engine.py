@@ -384,7 +384,7 @@ def _features_of_own_statistics(rank, port, folder):
     torch.set_num_threads(1)
     distributed.start("cpu")
     network = _network_with_statistics(rank)
-    features = extract(network, Patches(8), Reader(size=32))
+    features = extract(network, Patches(8), Reader(size=32, batch_size=2))
     torch.save(features.values, folder / f"{rank}.pt")
     distributed.stop()
 
