@@ -120,8 +120,11 @@ class InstDisc(Method):
 
     views = "any"
     rows: Tensor
+    """(N, D), the bank."""
     drawn: Tensor
+    """(K,) negatives of the next batch, drawn ahead: all chunks of it meet the same."""
     normaliser: Tensor
+    """Z of NCE; 0: not known yet."""
 
     def __init__(self, config: Config, backbone: Backbone, images: int) -> None:
         super().__init__(config, backbone, images)
@@ -136,10 +139,9 @@ class InstDisc(Method):
         # differs from the paper's code: its rows are of length 1 only on average
         along = 1 if config.bank == "shared" else 0
         rows = F.normalize(torch.randn(images, config.dim), dim=along)
-        self.register_buffer("rows", rows)  # (N, D), the bank
-        # drawn ahead of the step, so that all chunks of its batch meet the same
-        self.register_buffer("drawn", torch.randint(images, (config.negatives,)))  # (K,)
-        self.register_buffer("normaliser", torch.zeros(()))  # Z of NCE; 0: not known yet
+        self.register_buffer("rows", rows)
+        self.register_buffer("drawn", torch.randint(images, (config.negatives,)))
+        self.register_buffer("normaliser", torch.zeros(()))
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, batch: Batch) -> Output:
