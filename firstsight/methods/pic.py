@@ -100,8 +100,7 @@ def cosines(embeddings: Tensor, prototypes: Tensor) -> Tensor:
     """(R, S) cosine similarities, in full precision whatever autocast says."""
     with uncast(embeddings):
         z, v = F.normalize(full(embeddings), dim=1), F.normalize(full(prototypes), dim=1)
-        products: Tensor = z @ v.T
-        return products
+        return z @ v.T
 
 
 @torch.no_grad()
@@ -117,7 +116,7 @@ def prototype_gradient(
         push = logits.softmax(dim=1)  # (R, S)
         push[torch.arange(len(index), device=index.device), index] -= 1
         pull = push.T @ F.normalize(embeddings, dim=1) / temperature  # (S, D)
-        length = prototypes.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        length: Tensor = prototypes.norm(dim=1, keepdim=True).clamp_min(1e-12)
         unit = prototypes / length
         return (pull - unit * (unit * pull).sum(dim=1, keepdim=True)) / length
 
