@@ -56,6 +56,10 @@ class Rests:
         self._count += 1
         return lr
 
+    def forget(self) -> None:
+        """Forget the past: no row rests from before now."""
+        self._count = 0
+
     def since(self, steps: NDArray[np.int64]) -> Floats:
         """(Q, 2, 2) products of the matrices of all steps from each of `steps` (Q,) until now."""
         starts, now = self._starts[: self._count], self._count - 1
@@ -160,13 +164,14 @@ class Rows(nn.Module):
         if index is not None:
             w, u = w[index], u[index]
         u.mul_(self.momentum).add_(gradient).add_(w, alpha=self.decay)
-        w.sub_(u, alpha=self.rests.rate(lr))
+        w.sub_(u, alpha=self.rests.rate(lr) if index is not None else lr)
         if shortest > 0 or longest < float("inf"):
             length = w.norm(dim=1, keepdim=True).clamp_min(1e-12)
             w.mul_(length.clamp(shortest, longest) / length)
         self.rests.step += 1
         if index is None:
             self.current.fill_(self.rests.step)
+            self.rests.forget()
         else:
             self.weight[index], self.velocity[index] = w, u
             self.current[index] = self.rests.step
@@ -188,7 +193,7 @@ class Recent(nn.Module):
 
     def __init__(self, length: int, of: int) -> None:
         super().__init__()
-        self.register_buffer("index", torch.randperm(of)[:length])
+        self.register_buffer("index", torch.randperm(of)[:length].clone())
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
 
     def push(self, index: Tensor) -> None:

@@ -119,6 +119,22 @@ def test_all_rows_at_once_are_torchs_sgd():
         sgd.step()
     torch.testing.assert_close(every.weight, dense.data, rtol=0, atol=1e-14)
     assert (every.current == 5).all()
+    for _ in range(4):  # and then one row alone
+        every.move(torch.tensor([0]), torch.ones(1, 3, dtype=torch.float64), 0.2)
+        dense.grad, sgd.param_groups[0]["lr"] = torch.zeros(7, 3, dtype=torch.float64), 0.2
+        dense.grad[0] = 1.0
+        sgd.step()
+    every.catch_up(torch.arange(7))
+    torch.testing.assert_close(every.weight, dense.data, rtol=0, atol=1e-14)
+
+
+def test_the_past_takes_no_more_room_than_its_pieces():
+    """Nothing of it is kept where all rows move, nor of the order that the first K came from."""
+    every = Rows(torch.ones(2, 1), momentum=0.9, decay=0.1)
+    for step in range(50):
+        every.move(None, torch.zeros(2, 1), 0.1 + step)
+    assert every.rests._count == 0
+    assert Recent(4, of=1000).index.untyped_storage().nbytes() == 4 * 8
 
 
 def test_without_correction_rows_rest_where_they_were():

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from firstsight import engine
+from firstsight import engine, run
 from firstsight.errors import UserError
 from firstsight.loader import Steps
 from firstsight.log import read_log
@@ -57,9 +57,8 @@ def test_a_pass_visits_its_window_once_in_an_order_of_its_own():
     passes = [[i for s in range(16) for i in order.indices(16 * k + s)] for k in range(3)]
     for k, visited in enumerate(passes):
         assert sorted(visited) == sorted(order.members(k)) and order.epoch(16 * k + 15) == k
-    both = set(passes[0]) & set(passes[1])
-    common = [[i for i in visited if i in both] for visited in passes[:2]]
-    assert common[0] != common[1]
+    places = [[order.members(k).tolist().index(i) for i in passes[k]] for k in range(3)]
+    assert places[0] != places[1] != places[2] != places[0]
 
 
 @pytest.mark.parametrize("kind", [Windows, RandomWindows])
@@ -115,6 +114,15 @@ def test_a_run_takes_the_order_that_it_is_told(tmp_path):
     engine.pretrain("simclr", settings, Patches(), None, tmp_path)
     records = read_log(tmp_path / "log.jsonl")
     assert len(records) == 12 and records[-1]["epoch"] == 2.0 and records[1]["epoch"] == 1 / 3
+
+
+def test_a_dry_run_counts_windows_and_says_when_they_hold_all(tmp_path, capsys):
+    asked = {"data": "scenes:train@32", "order": "sliding", "window_stride": 4, "epochs": 1.1}
+    said = run.dry_run("simclr", config("simclr", tmp_path, window_size=16, **asked))
+    assert said["steps"] == 6  # three windows of two steps
+    assert "window" not in capsys.readouterr().err
+    run.dry_run("simclr", config("simclr", tmp_path, window_size=64, **asked))
+    assert "--window-size 64: each pass visits all 32 images" in capsys.readouterr().err
 
 
 def test_an_image_has_other_views_in_each_pass():

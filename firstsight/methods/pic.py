@@ -138,10 +138,10 @@ class PIC(Method):
             self.projector = two_layers(backbone.width, config.hidden, config.dim)
         self.sampled = 0 < config.negatives < images
         self.prototypes = Rows(
-            0.01 * torch.randn(images, config.dim),
+            torch.empty(images, config.dim).normal_(std=0.01),
             momentum=config.prototype_momentum,
             decay=config.prototype_decay,
-            tolerance=config.rate_tolerance if self.sampled else 0.0,
+            tolerance=config.rate_tolerance,
             correction=config.correction,
         )
         self.recent = Recent(config.negatives if self.sampled else 0, images)
