@@ -154,20 +154,21 @@ class Rows(nn.Module):
         gradient: Tensor,
         lr: float,
         shortest: float = 0.0,
-        longest: float = float("inf"),
+        longest: float = 0.0,
     ) -> None:
         """One step of SGD with the gradient (S, D) of rows `index` (S,), each once; None: of all.
 
-        Rows that get shorter or longer than allowed are stretched to the nearest length allowed.
+        Rows that get shorter or longer than allowed are stretched to the nearest length allowed; 0:
+        any is.
         """
         w, u = self.weight, self.velocity
         if index is not None:
             w, u = w[index], u[index]
         u.mul_(self.momentum).add_(gradient).add_(w, alpha=self.decay)
         w.sub_(u, alpha=self.rests.rate(lr) if index is not None else lr)
-        if shortest > 0 or longest < float("inf"):
+        if shortest > 0 or longest > 0:
             length = w.norm(dim=1, keepdim=True).clamp_min(1e-12)
-            w.mul_(length.clamp(shortest, longest) / length)
+            w.mul_(length.clamp(shortest, longest or None) / length)
         self.rests.step += 1
         if index is None:
             self.current.fill_(self.rests.step)

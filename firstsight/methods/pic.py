@@ -62,10 +62,11 @@ class Config:
     correction: bool = True
     """Prototypes that took part in no loss catch up on the momentum and decay that they missed."""
     rate_tolerance: float = 0.001
-    """With K negatives, prototypes keep their learning rate until that of the run differs by more
-    than this share."""
+    """With K negatives, prototypes keep their rate until the run's differs by more, as a share."""
     prototype_momentum: float = 0.9
-    """Momentum of the SGD of the prototypes; their rate is that of the run, without --optimizer."""
+    """Momentum of the SGD of the prototypes, whatever --optimizer moves the networks."""
+    prototype_rate: float = 1.0
+    """Learning rate of the prototypes, in rates of the run; about 30 beside adamw."""
     prototype_decay: float = 1e-4
     """Weight decay of the prototypes."""
     shortest: float = 0.0
@@ -80,7 +81,7 @@ class Config:
     def __post_init__(self) -> None:
         require_positive("--method.", self, "dim", "hidden", "temperature", "splits")
         require_share("--method.", self, "rate_tolerance", "prototype_momentum")
-        bounds = ("shortest", "longest")
+        bounds = ("prototype_rate", "shortest", "longest")
         require_not_negative("--method.", self, "negatives", "prototype_decay", *bounds)
         if 0 < self.longest < self.shortest:
             raise UserError(f"--method.longest must be {self.shortest} or more, not {self.longest}")
@@ -146,8 +147,7 @@ class PIC(Method):
         )
         self.recent = Recent(config.negatives if self.sampled else 0, images)
         self._parts: list[tuple[Tensor | None, Tensor]] = []  # of the chunks of this step
-        self._visited: list[Tensor] = []
-        self._crops = 0
+        self._visited, self._crops = list[Tensor](), 0
 
     def forward(self, batch: Batch) -> Output:
         """The loss of any number of views; prototypes learn from those of the first one's size."""
@@ -173,14 +173,14 @@ class PIC(Method):
             self._crops += len(index)
 
         lengths = prototypes.norm(dim=1)
-        told = {
+        figures = {
             "instance_accuracy": 100 * (logits.argmax(dim=1) == index).to(loss.dtype).mean(),
             "embedding_norm": embeddings.detach().norm(dim=1).mean(),
             "prototype_norm": lengths.mean(),
             "prototype_norm_min": lengths.min(),
             "prototype_norm_max": lengths.max(),
         }
-        return Output(loss, features[0].detach(), told)
+        return Output(loss, features[0].detach(), figures)
 
     def classes(self, index: Tensor) -> tuple[Tensor | None, Tensor]:
         """Images that take part (S,), rising, None for all; where among them `index` (B,) is."""
@@ -193,8 +193,8 @@ class PIC(Method):
         """Move the prototypes by the mean gradient of all ranks, and remember who was seen."""
         members, total = merged(self._parts)
         total = distributed.summed(total) / (self._crops * distributed.world())
-        longest = self.config.longest or float("inf")
-        self.prototypes.move(members, total, lr, self.config.shortest, longest)
+        c, rate = self.config, lr * self.config.prototype_rate
+        self.prototypes.move(members, total, rate, shortest=c.shortest, longest=c.longest)
         if self.sampled:
             self.recent.push(torch.cat([distributed.gather(index) for index in self._visited]))
         self._parts, self._visited, self._crops = [], [], 0

@@ -118,7 +118,7 @@ def _gradients(name, folder, overrides, rank=0, world=1):
         flips=tuple(f[share] for f in whole.flips),
         index=whole.index[share],
     )
-    torch.manual_seed(5)  # the engine seeds each step; rank 0 decides what ranks share
+    torch.manual_seed(5 + rank)  # as the engine does; rank 0 decides what ranks share
     loss = model(part).loss
     loss.backward()
     method.after_step(0.5, 0.1)  # banks and prototypes move here

@@ -129,14 +129,17 @@ def test_prototypes_learn_from_large_crops_alone_and_every_crop_weighs_the_same(
     torch.testing.assert_close(moved, prototypes, rtol=0, atol=1e-12)
 
 
-def test_momentum_and_decay_are_those_asked_for():
-    pic, velocity = method(prototype_momentum=0.5, prototype_decay=0.1), 0.0
+def test_momentum_decay_and_rate_are_those_asked_for():
+    asked = {"prototype_momentum": 0.5, "prototype_decay": 0.1, "prototype_rate": 3.0}
+    pic, velocity = method(**asked), 0.0
     for seed in range(2):
         pic(batch(4, seed=seed)).loss.backward()
         ((_, gradient),) = pic._parts
         velocity = 0.5 * velocity + gradient / 4 + 0.1 * pic.prototypes.weight
+        expected = pic.prototypes.weight - 0.3 * velocity
         pic.after_step(0.0, 0.1)
     torch.testing.assert_close(pic.prototypes.velocity, velocity, rtol=1e-12, atol=0)
+    torch.testing.assert_close(pic.prototypes.weight, expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("negatives", [30, 999])
