@@ -187,12 +187,16 @@ def same_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
+def shared(tensor: Tensor) -> Tensor:
+    """The `tensor` of rank 0, on every rank."""
+    if world() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
 def permutation(rows: Tensor) -> Tensor:
     """A random order (W * B,) of the rows (B, ...) of all ranks, the same on each rank."""
-    order = torch.randperm(len(rows) * world()).to(rows.device)
-    if world() > 1:
-        dist.broadcast(order, src=0)
-    return order
+    return shared(torch.randperm(len(rows) * world()).to(rows.device))
 
 
 def shuffled(rows: Tensor, order: Tensor) -> Tensor:

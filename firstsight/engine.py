@@ -22,12 +22,12 @@ from firstsight.guards import (
 from firstsight.loader import LAYOUTS, Steps, batches
 from firstsight.log import Log, Meter, say, told
 from firstsight.methods.base import Method
-from firstsight.order import Epochs
 from firstsight.probe import KnnProbe, Online
 from firstsight.schedule import Schedule, due
 from firstsight.settings import Pretrain, plain
 from firstsight.sources.base import Source
 from firstsight.state import State
+from firstsight.windows import order_of
 
 SNAPSHOTS = 10
 """Backbones kept over a run, evenly spread."""
@@ -49,7 +49,7 @@ def pretrain(
 ) -> Trained:
     """Train method `name` from where the run in `out` stands; config is resolved (no `auto`)."""
     device, layout = distributed.device(), LAYOUTS[config.layout]
-    order = Epochs(len(source), config.batch_size, config.seed)
+    order = order_of(config, len(source))
     steps = order.steps(config.epochs)
     schedule = Schedule.of(config, steps, order.steps_per_epoch)
 

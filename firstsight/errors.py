@@ -32,3 +32,12 @@ def require_share(prefix: str, settings: object, *names: str) -> None:
         value = getattr(settings, name)
         if not 0 <= value <= 1:
             raise UserError(f"{prefix}{name.replace('_', '-')} must be from 0 to 1, not {value}")
+
+
+def require_not_negative(prefix: str, settings: object, *names: str) -> None:
+    """Refuse fields of `settings` that are below 0 (or are no numbers at all)."""
+    for name in names:
+        value = getattr(settings, name)
+        if not value >= 0:  # so that NaN is refused too
+            flag = f"{prefix}{name.replace('_', '-')}"
+            raise UserError(f"{flag} must not be below 0, but is {value}")

@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 from firstsight import distributed, keyed
 from firstsight.batch import Batch
 from firstsight.errors import UserError
-from firstsight.order import Epochs
 from firstsight.sources.base import Pixels, Source, UnreadableImage
 from firstsight.views import Interpolation, Views
 from firstsight.views.apply import apply, eval_view
 from firstsight.views.draw import draw
+from firstsight.windows import Order
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 """Names of memory orders of image tensors."""
@@ -43,7 +43,7 @@ class Steps(Dataset[Any]):
     source: Source
     views: Views
     size: int
-    order: Epochs
+    order: Order
     seed: int
     rank: int
     world: int
@@ -117,7 +117,7 @@ class Labelled(Dataset[Any]):
 
     source: Source
     size: int
-    order: Epochs
+    order: Order
     seed: int
     rank: int
     world: int

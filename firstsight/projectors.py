@@ -18,3 +18,8 @@ def mlp(*widths: int, hidden_bias: bool = True) -> nn.Sequential:
         layers.append(nn.Linear(before, after, bias=hidden_bias))
         layers += [nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=False))
+
+
+def two_layers(width: int, hidden: int, dim: int) -> nn.Sequential:
+    """Linear, ReLU, linear, with biases and without batch-norm."""
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))

@@ -24,7 +24,6 @@ from firstsight.errors import UserError
 from firstsight.evaluate.linear import PROTOCOLS, cached, stated
 from firstsight.features import Reader, Seen
 from firstsight.log import clock, read_log, require, say
-from firstsight.order import Epochs
 from firstsight.probe import KnnProbe
 from firstsight.report import write_report
 from firstsight.settings import (
@@ -35,6 +34,7 @@ from firstsight.settings import (
 )
 from firstsight.sources import fetch, open_source
 from firstsight.sources.base import Source, class_count
+from firstsight.windows import order_of
 
 
 def pretrain(name: str, config: Pretrain) -> Path:
@@ -104,7 +104,9 @@ def _opened(config: Pretrain) -> tuple[Pretrain, Source]:
     source = open_source(config.data)
     config = dataclasses.replace(config, workers=_workers(config))
     _refuse_unequal_shares(config)
-    Epochs(len(source), config.batch_size, config.seed)
+    order_of(config, len(source))  # refuses batches and windows that cannot be filled
+    if config.order != "epochs" and config.window_size > len(source):
+        say(f"--window-size {config.window_size}: each pass visits all {len(source)} images")
     _probe(config, source)
     return config, source
 
@@ -204,7 +206,7 @@ def _refuse_unequal_shares(config: Pretrain) -> None:
 
 def _finished(out: Path, config: Pretrain, source: Source) -> bool:
     records = read_log(out / "log.jsonl")
-    wanted = Epochs(len(source), config.batch_size, config.seed).steps(config.epochs)
+    wanted = order_of(config, len(source)).steps(config.epochs)
     return bool(records) and records[-1]["step"] >= wanted
 
 

@@ -24,11 +24,11 @@ class Schedule:
     """Where the warm-up begins and the cosine ends, as shares of the peak."""
     end: float = 0.0
     at: Literal["start", "end", "linspace"] = "start"
-    hold: int = 1
+    hold: float = 1
     """Steps for which a rate is kept."""
 
     @classmethod
-    def of(cls, config: Pretrain, steps: int, steps_per_epoch: int) -> Schedule:
+    def of(cls, config: Pretrain, steps: int, steps_per_epoch: float) -> Schedule:
         """The schedule of a run."""
         return cls(
             steps=steps,

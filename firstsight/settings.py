@@ -50,6 +50,7 @@ class Defaults:
     lr_every: Literal["step", "epoch"] = "step"
     clip_param: float = 0.0
     batch_norm: Literal["local", "global"] = "local"
+    order: Literal["epochs", "sliding", "random"] = "epochs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,13 @@ class Pretrain:
     """Passes over the source; may be a fraction."""
     batch_size: int = 256
     """Images per optimiser step, over all ranks."""
+    order: Literal["epochs", "sliding", "random"] = "epochs"
+    """Each image once an epoch; or PIC's window, which slides over the images, or, as in its
+    released code, holds other images at random."""
+    window_size: int = 131_072
+    """Images of a window, visited again in each pass; no more than there are."""
+    window_stride: int = 16_384
+    """Images by which the window moves on after a pass."""
     accumulate: int = 1
     """Chunks that each rank's share of a batch is computed in, to need less memory."""
     optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
@@ -174,7 +182,12 @@ class Pretrain:
 
     def __post_init__(self) -> None:
         require_positive("--", self, "size", "epochs", "save_every", "log_every", "keep")
-        require_positive("--", self, "accumulate")
+        require_positive("--", self, "accumulate", "window_size")
+        if not 1 <= self.window_stride <= self.window_size:
+            raise UserError(
+                f"--window-stride must be from 1 to the {self.window_size} of --window-size, "
+                f"not {self.window_stride}"
+            )
         require_positive("--", self, "base_lr", "probe_k", "probe_temperature", "probe_images")
         require_positive("--", self, "probe_every")
         if not self.probe_lrs or not all(0 < lr < math.inf for lr in self.probe_lrs):

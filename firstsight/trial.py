@@ -16,9 +16,9 @@ from firstsight.batch import Batch
 from firstsight.errors import UserError
 from firstsight.loader import LAYOUTS, Steps
 from firstsight.log import clock
-from firstsight.order import Epochs
 from firstsight.settings import Pretrain
 from firstsight.sources.base import Source
+from firstsight.windows import order_of
 
 _STEPS = 3
 
@@ -106,7 +106,7 @@ def _peak(device: torch.device) -> int:
 
 def dry_run(name: str, config: Pretrain, source: Source) -> dict[str, Any]:
     """What a run would take, from a trial of its steps and of its views; config is resolved."""
-    order = Epochs(len(source), config.batch_size, config.seed)
+    order = order_of(config, len(source))
     steps, world = order.steps(config.epochs), distributed.world()
     trial = of_share(name, config, config.batch_size // world, len(source))
     maker = Steps(

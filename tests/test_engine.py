@@ -17,6 +17,7 @@ from firstsight import backbones, checkpoint, distributed, engine, folders, load
 from firstsight.errors import UserError
 from firstsight.features import Reader, extract, subset
 from firstsight.log import read_log
+from firstsight.order import Epochs
 from firstsight.probe import KnnProbe
 from firstsight.schedule import Schedule, due
 from tests.methods.test_all import free_port
@@ -31,7 +32,7 @@ def train(folder, source=None, probe=None, **values):
 
 def steps_of(source, workers, count=3, size=32):
     settings = config("simclr", "unused")
-    order = loader.Epochs(len(source), 8, 0)
+    order = Epochs(len(source), 8, 0)
     steps = loader.Steps(
         source=source, views=settings.views, size=size, order=order, seed=0, rank=0, world=1
     )
@@ -47,7 +48,7 @@ def test_views_do_not_depend_on_the_number_of_workers():
 
 def test_ranks_share_out_the_batch_of_one_process():
     settings = config("simclr", "unused")
-    order = loader.Epochs(48, 8, 0)
+    order = Epochs(48, 8, 0)
     common = {"source": Patches(), "views": settings.views, "size": 32, "order": order, "seed": 0}
     whole = loader.Steps(**common, rank=0, world=1).batch(2)
     parts = [loader.Steps(**common, rank=r, world=2).batch(2) for r in range(2)]

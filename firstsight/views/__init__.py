@@ -9,7 +9,7 @@ OpenCV nor torch, so that `--help` stays instant.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, TypeVar
 
@@ -162,6 +162,8 @@ def _within(name: str, values: tuple[float, ...], low: float, high: float | None
             raise UserError(f"--{_flag(name)} {value} is out of range; choose a value {allowed}")
 
 
+_PIC = Views(counts=(1,), min_scale=(0.08,), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
+
 PRESETS: Mapping[str, Views] = MappingProxyType(
     {
         # differs from the paper: its code turns grey before the jitter, here grey comes after.
@@ -183,6 +185,13 @@ PRESETS: Mapping[str, Views] = MappingProxyType(
             blur=(1.0, 0.1),
             solarize=(0.0, 0.2),
         ),
+        # One view, the colours of MoCo v1.
+        "instdisc": Views(counts=(1,), jitter=1.0, hue=0.4, blur=(0.0,)),
+        # One view, the colours of SimCLR; and a large crop with three small ones.
+        "pic": _PIC,
+        "pic-multicrop": replace(
+            _PIC, counts=(1, 3), sizes=(160, 96), min_scale=(0.14, 0.08), max_scale=(1.0, 0.14)
+        ),
         # Small images: the CIFAR-10 demo of MoCo, whose crops keep torchvision's default range.
         "mocov2-small": Views(min_scale=(0.08,), blur=(0.0,), mean=CIFAR_MEAN, std=CIFAR_STD),
         # The CIFAR-10 setting of SimCLR (appendix B.9): half the colour strength, no blur.
@@ -193,6 +202,7 @@ PRESETS: Mapping[str, Views] = MappingProxyType(
             mean=CIFAR_MEAN,
             std=CIFAR_STD,
         ),
+        "pic-small": replace(_PIC, blur=(0.0,), mean=CIFAR_MEAN, std=CIFAR_STD),
     }
 )
 """The views of the papers by name: start from one with `dataclasses.replace`."""

@@ -118,9 +118,10 @@ def _gradients(name, folder, overrides, rank=0, world=1):
         flips=tuple(f[share] for f in whole.flips),
         index=whole.index[share],
     )
-    torch.manual_seed(5)  # the engine seeds each step; rank 0 decides what ranks share
+    torch.manual_seed(5 + rank)  # as the engine does; rank 0 decides what ranks share
     loss = model(part).loss
     loss.backward()
+    method.after_step(0.5, 0.1)  # banks and prototypes move here
     grads = {k: p.grad for k, p in method.named_parameters() if p.grad is not None}
     buffers = {k: b for k, b in method.named_buffers() if "running" not in k and "batches" not in k}
     return distributed.mean(loss.detach()), grads, buffers
@@ -179,6 +180,8 @@ def test_chunks_of_a_batch_are_the_batch_unless_the_method_says_otherwise(
         output = update.gradients(method, doubles, update.scaler(settings), settings)
         assert len(output.features) == 8 and not output.loss.requires_grad
         got = {key: p.grad for key, p in method.named_parameters() if p.grad is not None}
+        torch.manual_seed(1)
+        method.after_step(0.5, 0.1)
         output.scalars.pop("embedding_spread", None)  # of a chunk, like batch-norm's statistics
         return method, {
             "loss": output.loss,
@@ -254,8 +257,10 @@ def test_a_resumed_run_ends_where_an_unbroken_run_ends(name, at, options, tmp_pa
 NOT_IN_A_MINUTE = {
     "barlow": "17.3 to 18.3 % in a minute: still to be examined",
     "byol": "17.3 to 17.9 % in a minute: still to be examined",
+    "instdisc": "not measured yet",
     "mocov1": "it first learns which keys are young, for some hundred steps",
     "mocov2": "it first learns which keys are young, for some hundred steps",
+    "pic": "not measured yet",
     "simsiam": "17.3 to 22.1 % in a minute, a gain of 4.8 where 5 are asked for",
     "vicreg": "not measured yet",
 }
