@@ -17,13 +17,13 @@ _TORCHVISION = ("cifar10:", "cifar100:", "stl10:", "imagenet:")
 _SCENES = ("scenes:train", "scenes:test")
 _NAMES = (*_SCENES, "scenes:train@N", "cifar10:train", "cifar100:train", "stl10:train")
 _UNDERSTOOD = (
-    "a folder of images, a .zip archive, scenes:train, scenes:test, scenes:train@N, cifar10:train, "
-    "cifar100:train, stl10:train, imagenet:train@ROOT"
+    "a folder of images or tars, a .zip, a .tar, a list (.txt, .csv, .parquet), scenes:train, "
+    "scenes:test, scenes:train@N, cifar10:train, cifar100:train, stl10:train, imagenet:train@ROOT"
 )
 
 
 def open_source(spec: str) -> Source:
-    """The source that `spec` names: a folder, a `.zip`, `scenes:train`, `cifar10:train`, ...
+    """The source that `spec` names: a folder, an archive, a list, `scenes:train`, ...
 
     `@N` behind a scenes name is the number of images, `@ROOT` behind that of a torchvision set the
     folder of its files (else FIRSTSIGHT_DATA, else `data` in the cache). A folder or an archive
@@ -47,14 +47,21 @@ def fetch(*specs: str) -> None:
 
 
 def _open(spec: str) -> Source:
+    suffix = os.path.splitext(spec)[1].lower()
     if os.path.isdir(spec):
-        from firstsight.sources.folder import Folder
-
-        return Folder(spec)
-    if spec.lower().endswith(".zip"):
+        return _folder(spec)
+    if suffix == ".zip":
         from firstsight.sources.zip import Zip
 
         return Zip(spec)
+    if suffix == ".tar" or spec.lower().endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")):
+        from firstsight.sources.tar import Tar
+
+        return Tar(spec)
+    if suffix in (".txt", ".csv", ".parquet"):
+        from firstsight.sources.listed import Listed
+
+        return Listed(spec)
     if spec.startswith("scenes"):
         from firstsight.sources.scenes import Scenes
 
@@ -79,3 +86,15 @@ def _open(spec: str) -> Source:
     if re.fullmatch(r"[A-Za-z0-9_-]+:\S*", spec):  # looks like a name, not like a path
         raise unknown("source", spec, (*_NAMES, "imagenet:train@ROOT"))
     raise UserError(f"there is no {spec!r}; point --data at {_UNDERSTOOD}")
+
+
+def _folder(spec: str) -> Source:
+    """x."""
+    from firstsight.sources.folder import Folder
+    from firstsight.sources.tar import Tar, tars_in
+
+    try:
+        tars = tars_in(spec)
+    except OSError:  # said better below
+        tars = []
+    return Tar(spec) if tars else Folder(spec)

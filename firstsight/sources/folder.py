@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 
 from firstsight.errors import UserError
-from firstsight.sources.base import Pixels, Source, UnreadableImage
+from firstsight.sources.files import Files
 from firstsight.sources.paths import EXTENSIONS, class_folders, is_image
 
 
-class Folder(Source):
+class Folder(Files):
     """All images below `root`, sorted by path; hidden files and folders are passed over.
 
     Labels are the first-level folders where every image lies below one and there are at least two
@@ -39,16 +39,9 @@ class Folder(Source):
         """The path of image `index` relative to the root, with `/` on every platform."""
         return self._paths[index]
 
-    def pixels(self, index: int) -> Pixels:
-        """Image `index`, upright and RGB, (H, W, 3) uint8; raises `UnreadableImage`."""
-        from firstsight.sources.decode import decode
-
-        try:
-            with open(os.path.join(self.root, self._paths[index]), "rb") as file:
-                data = file.read()
-        except OSError as error:
-            raise UnreadableImage(str(error)) from error
-        return decode(data)
+    def path(self, index: int) -> str:
+        """The file of image `index`."""
+        return os.path.join(self.root, self._paths[index])
 
 
 def _images_below(root: str) -> list[str]:

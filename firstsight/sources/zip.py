@@ -7,13 +7,13 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from firstsight.errors import UserError
-from firstsight.sources.base import Pixels, Source, UnreadableImage
+from firstsight.sources.base import Encoded, UnreadableImage
+from firstsight.sources.files import Opened
 from firstsight.sources.paths import EXTENSIONS, class_folders, has_extension, is_image
 
 MAX_BYTES = 512 << 20
@@ -23,7 +23,7 @@ _LOCAL_HEADER = 30  # bytes before the name; the directory's copy of the extra f
 _STORED, _DEFLATED, _ENCRYPTED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, 1
 
 
-class Zip(Source):
+class Zip(Encoded):
     """The images of `NAME.zip`, never extracted.
 
     `NAME_map.txt` beside it, where it is there, says which images and in which order: path inside
@@ -35,8 +35,7 @@ class Zip(Source):
     Without a map, all images are taken, sorted by path, labelled by their folders where these spell
     classes (`class_folders`).
 
-    The directory of the archive is read once, here. Members are read with `pread`, which moves no
-    file position, so threads share a handle without a lock; each process opens its own.
+    The directory of the archive is read once, here.
 
     Raises `UserError` where the archive, a line of the map, or what both say together is wrong.
     """
@@ -44,8 +43,8 @@ class Zip(Source):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self.spec = self.path
-        self._handle: tuple[int, BinaryIO] | None = None
-        members = _directory(self.path)
+        members = directory(self.path)
+        self._file = Opened(self.path)
         beside = Path(self.path)
         map_file = beside.with_name(f"{beside.stem}_map.txt")
         if map_file.exists():
@@ -74,33 +73,28 @@ class Zip(Source):
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_handle": None}
-
     def identity(self, index: int) -> str:
         """The path of image `index` inside the archive."""
         return self._names[index]
 
-    def pixels(self, index: int) -> Pixels:
-        """Image `index`, upright and RGB, (H, W, 3) uint8; raises `UnreadableImage`."""
-        from firstsight.sources.decode import decode
+    def size(self, index: int) -> int:
+        """Bytes of image `index`, unpacked, as the archive declares them."""
+        return int(self._entries[index, 2])
 
-        return decode(self._read(index))
-
-    def _read(self, index: int) -> bytes:
+    def encoded(self, index: int) -> bytes:
+        """The file of image `index`, unpacked and checked; raises `UnreadableImage`."""
         offset, packed, size, checksum, method = self._entries[index].tolist()
         if max(packed, size) > MAX_BYTES:
             raise UnreadableImage(
                 f"declares {max(packed, size)} bytes; at most {MAX_BYTES} are read"
             )
         try:
-            file = self._open()
-            header = os.pread(file.fileno(), _LOCAL_HEADER, offset)
+            header = self._file.read(_LOCAL_HEADER, offset)
             if header[:4] != b"PK\3\4" or len(header) < _LOCAL_HEADER:
                 raise UnreadableImage("the archive is damaged: no member where one should begin")
             name_size, extra_size = struct.unpack("<HH", header[26:30])
             start = offset + _LOCAL_HEADER + name_size + extra_size
-            data = os.pread(file.fileno(), packed, start)
+            data = self._file.read(packed, start)
             if method == _DEFLATED:
                 # One byte more than declared is enough to see that the declaration was a lie.
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
@@ -110,16 +104,9 @@ class Zip(Source):
             raise UnreadableImage("the archive is damaged: a member differs from its checksum")
         return data
 
-    def _open(self) -> BinaryIO:
-        # Two threads may both open it; the loser's file lives as long as its thread still reads.
-        if self._handle is None or self._handle[0] != os.getpid():
-            file = open(self.path, "rb")  # noqa: SIM115
-            self._handle = (os.getpid(), file)
-            return file
-        return self._handle[1]
 
-
-def _directory(path: str) -> dict[str, zipfile.ZipInfo]:
+def directory(path: str) -> dict[str, zipfile.ZipInfo]:
+    """The members of an archive by name, folders left out; refuses what is no whole archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             return {info.filename: info for info in archive.infolist() if not info.is_dir()}
