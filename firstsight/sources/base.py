@@ -66,7 +66,7 @@ class Encoded(Source):
         """Bytes of the file of image `index`; raises `UnreadableImage`."""
         return len(self.encoded(index))
 
-    def path(self, index: int) -> str | None:
+    def file_of(self, index: int) -> str | None:
         """Where the file of image `index` lies on disk; None inside an archive."""
         return None
 

@@ -14,20 +14,20 @@ class Files(Encoded):
     """A source whose images are files of their own."""
 
     @abstractmethod
-    def path(self, index: int) -> str:
+    def file_of(self, index: int) -> str:
         """The file of image `index`."""
 
     def size(self, index: int) -> int:
         """Bytes of the file of image `index`; raises `UnreadableImage`."""
         try:
-            return os.stat(self.path(index)).st_size
+            return os.stat(self.file_of(index)).st_size
         except (OSError, ValueError) as error:
             raise UnreadableImage(str(error)) from error
 
     def encoded(self, index: int) -> bytes:
         """The file of image `index`; raises `UnreadableImage`."""
         try:
-            with open(self.path(index), "rb") as file:
+            with open(self.file_of(index), "rb") as file:
                 return file.read()
         except (OSError, ValueError) as error:  # ValueError: a path that no system allows
             raise UnreadableImage(str(error)) from error

@@ -39,7 +39,7 @@ class Folder(Files):
         """The path of image `index` relative to the root, with `/` on every platform."""
         return self._paths[index]
 
-    def path(self, index: int) -> str:
+    def file_of(self, index: int) -> str:
         """The file of image `index`."""
         return os.path.join(self.root, self._paths[index])
 

@@ -38,9 +38,9 @@ class Listed(Files):
         self._folder = os.path.dirname(self.spec)
         rows = _rows(self.spec)
         self._paths, labels = _checked(self.spec, rows)
-        if not os.path.exists(self.path(0)):
+        if not os.path.exists(self.file_of(0)):
             raise UserError(
-                f"there is no {self.path(0)!r}, which {self.spec!r} names first; paths are "
+                f"there is no {self.file_of(0)!r}, which {self.spec!r} names first; paths are "
                 "relative to the folder of the list"
             )
         self.classes, self.labels = numbered(labels) if labels else ((), None)
@@ -52,7 +52,7 @@ class Listed(Files):
         """The path of image `index` as the list has it."""
         return self._paths[index]
 
-    def path(self, index: int) -> str:
+    def file_of(self, index: int) -> str:
         """The file of image `index`."""
         return os.path.join(self._folder, self._paths[index])
 

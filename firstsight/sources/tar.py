@@ -78,7 +78,7 @@ class Tar(Encoded):
 
     def encoded(self, index: int) -> bytes:
         """The file of image `index`; raises `UnreadableImage`."""
-        shard, offset, size = self._places[index].tolist()
+        shard, offset, size = (int(number) for number in self._places[index])
         try:
             data = self._files[shard].read(size, offset)
         except OSError as error:
