@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+from array import array
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -81,26 +82,28 @@ def _found(file: BinaryIO) -> tuple[bytes, int, int]:
 
 def _members(data: bytes, count: int, before: int) -> Directory:
     names: list[str] = []
-    rows: list[tuple[int, ...]] = []
+    numbers = array("q")  # tuples of a million rows would take 300 MiB
     at = 0
     while at < len(data):
         signature, flags, method, checksum, packed, size, named, extra, comment, offset = (
             _ENTRY.unpack_from(data, at)
         )
         if signature != b"PK\1\2":
-            raise _Damaged(f"entry {len(rows) + 1} of its directory does not begin like one")
+            raise _Damaged(f"entry {len(names) + 1} of its directory does not begin like one")
         start = at + _ENTRY.size
         raw = data[start : start + named]
         if _FULL in (packed, size, offset):
             field = data[start + named : start + named + extra]
             size, packed, offset = _large(field, size, packed, offset)
         at = start + named + extra + comment
-        rows.append((offset + before, packed, size, checksum, method, flags))
+        numbers.extend((offset + before, packed, size, checksum, method, flags))
         names.append(raw.decode("utf-8", "surrogateescape"))
-    if len(rows) & 0xFFFF != count & 0xFFFF or at != len(data):
-        raise _Damaged(f"its directory holds {len(rows)} entries and declares {count}")
-    table = np.array(rows, np.int64).reshape(-1, 6)
+    if len(names) & 0xFFFF != count & 0xFFFF or at != len(data):
+        raise _Damaged(f"its directory holds {len(names)} entries and declares {count}")
+    table = np.frombuffer(numbers, np.int64).reshape(-1, 6)
     kept = [row for row, name in enumerate(names) if not name.endswith("/")]
+    if len(kept) == len(names):
+        return Directory(names, table)
     return Directory([names[row] for row in kept], table[kept])
 
 

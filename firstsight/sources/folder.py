@@ -6,7 +6,7 @@ import os
 
 from firstsight.errors import UserError
 from firstsight.sources.files import Files
-from firstsight.sources.paths import EXTENSIONS, class_folders, is_image
+from firstsight.sources.paths import EXTENSIONS, by_folder, class_folders, is_image
 
 
 class Folder(Files):
@@ -24,7 +24,7 @@ class Folder(Files):
         self.spec = self.root
         if not os.path.isdir(self.root):
             raise UserError(f"{self.root!r} is not a folder; point --data at a folder of images")
-        self._paths = sorted(_images_below(self.root), key=lambda path: path.split("/"))
+        self._paths = sorted(_images_below(self.root), key=by_folder)
         if not self._paths:
             raise UserError(
                 f"no images in {self.root!r} (looked for {', '.join(EXTENSIONS)} in it and below); "

@@ -15,7 +15,7 @@ from firstsight.errors import UserError
 from firstsight.sources.base import Encoded, UnreadableImage
 from firstsight.sources.directory import FLAGS, METHOD, SIZE, read_directory
 from firstsight.sources.files import Opened
-from firstsight.sources.paths import EXTENSIONS, class_folders, has_extension, is_image
+from firstsight.sources.paths import EXTENSIONS, by_folder, class_folders, has_extension, is_image
 
 MAX_BYTES = 512 << 20
 """A member that declares more than this, packed or unpacked, is not read."""
@@ -52,7 +52,7 @@ class Zip(Encoded):
             self._names, numbers = _read_map(map_file, self.path, row_of)
             self.classes, self.labels = _classes(numbers, map_file.with_name("classes.txt"))
         else:
-            self._names = sorted(filter(is_image, row_of), key=lambda name: name.split("/"))
+            self._names = sorted(filter(is_image, row_of), key=by_folder)
             self.classes, self.labels = class_folders(self._names)
         if not self._names:
             raise UserError(
