@@ -67,7 +67,8 @@ class Zip(Encoded):
             )
         kinds = np.unique(self._entries[:, [METHOD, FLAGS]], axis=0, return_index=True)
         for (method, flags), first in zip(kinds[0].tolist(), kinds[1].tolist(), strict=True):
-            _refuse_unreadable_kind(self.path, self._names[first], method, flags)
+            if wrong := unreadable_kind(self.path, self._names[first], method, flags):
+                raise wrong
 
     def __len__(self) -> int:
         return len(self._names)
@@ -82,38 +83,43 @@ class Zip(Encoded):
 
     def encoded(self, index: int) -> bytes:
         """The file of image `index`, unpacked and checked; raises `UnreadableImage`."""
-        offset, packed, size, checksum, method, _ = self._entries[index].tolist()
-        if max(packed, size) > MAX_BYTES:
-            raise UnreadableImage(
-                f"declares {max(packed, size)} bytes; at most {MAX_BYTES} are read"
-            )
-        try:
-            header = self._file.read(_LOCAL_HEADER, offset)
-            if header[:4] != b"PK\3\4" or len(header) < _LOCAL_HEADER:
-                raise UnreadableImage("the archive is damaged: no member where one should begin")
-            name_size, extra_size = struct.unpack("<HH", header[26:30])
-            start = offset + _LOCAL_HEADER + name_size + extra_size
-            data = self._file.read(packed, start)
-            if method == _DEFLATED:
-                # One byte more than declared is enough to see that the declaration was a lie.
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
-        except (OSError, zlib.error) as error:
-            raise UnreadableImage(str(error)) from error
-        if len(data) != size or zlib.crc32(data) != checksum:
-            raise UnreadableImage("the archive is damaged: a member differs from its checksum")
-        return data
+        return member(self._file, self._entries[index])
 
 
-def _refuse_unreadable_kind(path: str, name: str, method: int, flags: int) -> None:
+def member(file: Opened, entry: NDArray[np.int64]) -> bytes:
+    """One member of an archive by its row of the directory; raises `UnreadableImage`."""
+    offset, packed, size, checksum, method, _ = entry.tolist()
+    if max(packed, size) > MAX_BYTES:
+        raise UnreadableImage(f"declares {max(packed, size)} bytes; at most {MAX_BYTES} are read")
+    try:
+        header = file.read(_LOCAL_HEADER, offset)
+        if header[:4] != b"PK\3\4" or len(header) < _LOCAL_HEADER:
+            raise UnreadableImage("the archive is damaged: no member where one should begin")
+        name_size, extra_size = struct.unpack("<HH", header[26:30])
+        start = offset + _LOCAL_HEADER + name_size + extra_size
+        data = file.read(packed, start)
+        if method == _DEFLATED:
+            # One byte more than declared is enough to see that the declaration was a lie.
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+    except (OSError, zlib.error) as error:
+        raise UnreadableImage(str(error)) from error
+    if len(data) != size or zlib.crc32(data) != checksum:
+        raise UnreadableImage("the archive is damaged: a member differs from its checksum")
+    return data
+
+
+def unreadable_kind(path: str, name: str, method: int, flags: int) -> UserError | None:
+    """Why members of this kind cannot be read, or None where they can."""
     if flags & _ENCRYPTED:
-        raise UserError(
+        return UserError(
             f"{name!r} in {path!r} is encrypted; point --data at an archive that is not"
         )
     if method not in (_STORED, _DEFLATED):
-        raise UserError(
+        return UserError(
             f"{name!r} in {path!r} is packed by method {method}, allowed are "
             "0 (store) and 8 (deflate); repack it with zip -0 and point --data at that"
         )
+    return None
 
 
 def map_of(archive: str) -> Path:

@@ -1,0 +1,119 @@
+"""`firstsight data WORK ...`: options of each work, and its result as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import tyro
+
+from firstsight import settings
+from firstsight.errors import UserError, unknown
+from firstsight.flags import parsed, taken
+from firstsight.log import printable
+from firstsight.shown import table, write_json
+
+
+def data(args: list[str]) -> None:
+    """Lay images out and look at them: firstsight data zip|verify|sort-imagenet-val ..."""
+    if not args or args[0] in ("-h", "--help"):
+        lines = [
+            f"  {name:<18} {(kind.__doc__ or '').strip()}" for name, (kind, _) in WORKS.items()
+        ]
+        print("usage: firstsight data WORK ... [--json FILE]\n\nworks:\n" + "\n".join(lines))
+        return
+    if args[0] not in WORKS:
+        raise unknown("work on data", args[0], WORKS)
+    target, rest = taken(args[1:], "--json")
+    kind, work = WORKS[args[0]]
+    work(parsed(kind, rest, f"data {args[0]}"), target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zip:
+    """Write a SOURCE into a zip archive, uncompressed, with a map of its labels beside it."""
+
+    source: tyro.conf.Positional[str]
+    """SOURCE of the images: a folder, a list, ..."""
+    out: str
+    """The archive, X.zip; X_map.txt and classes.txt go beside it."""
+
+
+def zip_up(asked: Zip, target: str | None) -> None:
+    """Write an archive and say what is in it."""
+    from firstsight import data
+
+    result = data.zip_up(asked.source, out=asked.out)
+    rows = [["images", f"{result['images']}"], ["left out", f"{len(result['skipped'])}"]]
+    rows += [["MiB", f"{result['bytes'] / 2**20:.1f}"], ["map", result["map"] or "no labels"]]
+    table(asked.out, ["", ""], rows)
+    write_json(target, result)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check a zip archive and its map, line by line; exit code 2 where something is wrong."""
+
+    archive: tyro.conf.Positional[str]
+    """The archive, X.zip, with X_map.txt beside it where there are labels."""
+    decode: bool = False
+    """Decode every image too."""
+    workers: int = 0
+    """Threads that decode; 0: one for each core."""
+
+
+def verify(asked: Verify, target: str | None) -> None:
+    """Check an archive; each problem is a line."""
+    from firstsight import data
+
+    result = data.verify(asked.archive, decode=asked.decode, workers=asked.workers)
+    for line in [*result["problems"][:MOST], *result["notes"][:MOST]]:
+        print(printable(line))
+    counts = [[key, f"{result[key]}"] for key in ("images", "labels")]
+    counts += [[key, f"{len(result[key])}"] for key in ("problems", "notes")]
+    table(asked.archive, ["", ""], counts)
+    write_json(target, result)
+    if problems := len(result["problems"]):
+        raise UserError(
+            f"{asked.archive} has {problems} problems in {result['images']} images; mend it, or "
+            "make it anew with firstsight data zip"
+        )
+
+
+MOST = 100
+"""Messages of a kind that are printed; `--json` has all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SortImagenetVal:
+    """Sort ILSVRC's validation images into folders of their classes; goes on where it stopped."""
+
+    images: tyro.conf.Positional[str]
+    """Folder of ILSVRC2012_val_*.JPEG."""
+    truth: str
+    """CSV of image and class, or the development kit's text of class numbers."""
+    out: str
+    """Folder for the folders of classes; ROOT/val makes imagenet:val@ROOT a source."""
+    classes: str = ""
+    """For a truth of numbers: a text whose line k begins with the name of class k."""
+    by: Literal["link", "copy", "move"] = "link"
+    """What is put there: links to the images, copies, or the images themselves."""
+
+
+def sort_imagenet_val(asked: SortImagenetVal, target: str | None) -> None:
+    """Sort images, and say how many."""
+    from firstsight import data
+
+    options = settings.shallow(asked)
+    result = data.sort_imagenet_val(options.pop("images"), **options)
+    rows = [[key, str(result[key])] for key in ("images", "classes", "placed")]
+    table(f"{result['out']}, by {result['by']}", ["", ""], rows)
+    write_json(target, result)
+
+
+WORKS: dict[str, tuple[type[Any], Callable[[Any, str | None], None]]] = {
+    "zip": (Zip, zip_up),
+    "verify": (Verify, verify),
+    "sort-imagenet-val": (SortImagenetVal, sort_imagenet_val),
+}
