@@ -322,8 +322,8 @@ def _overview() -> str:
         "Learn an image backbone from photographs without labels, and say how good it is.\n\n"
         "commands:\n" + "\n".join(lines) + "\n\n"
         "SOURCE is a folder of images (with or without class folders), a .zip of one, a list\n"
-        "(.txt, .csv, .parquet), a .tar or a folder of them, scenes:train, scenes:test, or a\n"
-        "set that others know: cifar10:train, stl10:unlabeled, imagenet:train@ROOT, hf:NAME:SPLIT.\n"
+        "(.txt, .csv, .parquet), a .tar or a folder of them, scenes:train, scenes:test, or\n"
+        "what others know: cifar10:train, stl10:unlabeled, imagenet:train@ROOT, hf:NAME:SPLIT.\n"
         "firstsight COMMAND --help lists all options."
     )
 

@@ -16,7 +16,7 @@ from firstsight.shown import table, write_json
 
 
 def data(args: list[str]) -> None:
-    """Lay images out and look at them: firstsight data zip|verify|sort-imagenet-val ..."""
+    """Lay images out and look at them: firstsight data zip|verify|subset|sort-imagenet-val ..."""
     if not args or args[0] in ("-h", "--help"):
         lines = [
             f"  {name:<18} {(kind.__doc__ or '').strip()}" for name, (kind, _) in WORKS.items()
@@ -81,6 +81,42 @@ def verify(asked: Verify, target: str | None) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Subset:
+    """Draw a random part of a SOURCE, with a manifest of what was drawn."""
+
+    source: tyro.conf.Positional[str]
+    """SOURCE to draw from."""
+    out: str
+    """Folder to make, or text list with --how list."""
+    images: int = 0
+    """Images in all."""
+    per_class: int = 0
+    """Images of each class."""
+    classes: int = 0
+    """Classes to draw first; --images is their number of images in all."""
+    rest: Literal["spread", "dropped"] = "spread"
+    """Where --images does not divide by --classes: one more for some, or (as published) fewer."""
+    how: Literal["link", "copy", "list"] = "link"
+    """What is made: a folder of links or of copies, or a list of paths."""
+    seed: int = 0
+    """Decides what is drawn."""
+
+
+def subset(asked: Subset, target: str | None) -> None:
+    """Draw a part, and say how much of what."""
+    from firstsight import data
+
+    options = settings.shallow(asked)
+    result = data.subset(options.pop("source"), **options)
+    counts = result["classes"].values()
+    rows = [["images", f"{result['images']}"], ["classes", f"{len(counts) or 'no labels'}"]]
+    if counts:
+        rows.append(["images of a class", f"{min(counts)} to {max(counts)}"])
+    table(f"{asked.out}, by {asked.how}, seed {asked.seed}", ["", ""], rows)
+    write_json(target, result)
+
+
 MOST = 100
 """Messages of a kind that are printed; `--json` has all."""
 
@@ -115,5 +151,6 @@ def sort_imagenet_val(asked: SortImagenetVal, target: str | None) -> None:
 WORKS: dict[str, tuple[type[Any], Callable[[Any, str | None], None]]] = {
     "zip": (Zip, zip_up),
     "verify": (Verify, verify),
+    "subset": (Subset, subset),
     "sort-imagenet-val": (SortImagenetVal, sort_imagenet_val),
 }

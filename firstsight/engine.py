@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from firstsight import backbones, distributed, keyed, methods, optim, update
+from firstsight import backbones, cache, distributed, keyed, methods, optim, update
 from firstsight.features import Seen
 from firstsight.guards import (
     note_bad,
@@ -22,7 +22,6 @@ from firstsight.guards import (
 from firstsight.loader import LAYOUTS, Steps, batches
 from firstsight.log import Log, Meter, say, told
 from firstsight.methods.base import Method
-from firstsight.order import Epochs
 from firstsight.probe import KnnProbe, Online
 from firstsight.schedule import Schedule, due
 from firstsight.settings import Pretrain, plain
@@ -49,7 +48,7 @@ def pretrain(
 ) -> Trained:
     """Train method `name` from where the run in `out` stands; config is resolved (no `auto`)."""
     device, layout = distributed.device(), LAYOUTS[config.layout]
-    order = Epochs(len(source), config.batch_size, config.seed)
+    order = cache.order(config.cache, len(source), config.batch_size, config.seed)
     steps = order.steps(config.epochs)
     schedule = Schedule.of(config, steps, order.steps_per_epoch)
 

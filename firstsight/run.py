@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import torch
 
 from firstsight import (
+    cache,
     checkpoint,
     distributed,
     engine,
@@ -26,7 +27,6 @@ from firstsight.errors import UserError
 from firstsight.evaluate.linear import PROTOCOLS, cached, stated
 from firstsight.features import Reader, Seen
 from firstsight.log import clock, read_log, require, say
-from firstsight.order import Epochs
 from firstsight.probe import KnnProbe
 from firstsight.report import write_report
 from firstsight.settings import (
@@ -110,7 +110,7 @@ def _opened(config: Pretrain) -> tuple[Pretrain, Source]:
     source = open_source(config.data)
     config = dataclasses.replace(config, workers=_workers(config))
     _refuse_unequal_shares(config)
-    Epochs(len(source), config.batch_size, config.seed)
+    cache.order(config.cache, len(source), config.batch_size, config.seed)
     _probe(config, source)
     return config, source
 
@@ -138,7 +138,8 @@ def _trained(
 ) -> engine.Trained:
     """The engine's work; where memory is too small for it, what would fit is said."""
     try:
-        return engine.pretrain(name, config, source, probe, out)
+        with cache.held(source, config.cache) as images:
+            return engine.pretrain(name, config, images, probe, out)
     except torch.OutOfMemoryError:
         pass  # only outside this block are the tensors of the failed step free
     raise trial.too_large(name, config, len(source))
@@ -239,6 +240,8 @@ def continued(name: str, config: Pretrain, earlier: Path) -> Pretrain:
     if longer:  # its warm-up is past, and stays what it was
         config = dataclasses.replace(config, warmup_epochs=old.warmup_epochs)
     differing = _differences(plain(old), plain(config))
+    if "part" not in (old.cache, config.cache):  # the other two differ in speed alone
+        differing.pop("cache", None)
     if longer:
         differing.pop("epochs")
     if differing:
@@ -279,7 +282,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 
 def _finished(out: Path, config: Pretrain, source: Source) -> bool:
     records = read_log(out / "log.jsonl")
-    wanted = Epochs(len(source), config.batch_size, config.seed).steps(config.epochs)
+    order = cache.order(config.cache, len(source), config.batch_size, config.seed)
+    wanted = order.steps(config.epochs)
     return bool(records) and records[-1]["step"] >= wanted
 
 

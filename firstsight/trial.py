@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from firstsight import backbones, distributed, methods, optim, update
+from firstsight import backbones, cache, distributed, methods, optim, update
 from firstsight.batch import Batch
 from firstsight.errors import UserError
 from firstsight.loader import LAYOUTS, Steps
 from firstsight.log import clock
-from firstsight.order import Epochs
 from firstsight.settings import Pretrain
 from firstsight.sources.base import Source
 
@@ -81,7 +80,7 @@ def _peak(device: torch.device) -> int:
 
 def dry_run(name: str, config: Pretrain, source: Source) -> dict[str, Any]:
     """What a run would take, from a trial of its steps and of its views; config is resolved."""
-    order = Epochs(len(source), config.batch_size, config.seed)
+    order = cache.order(config.cache, len(source), config.batch_size, config.seed)
     steps, world = order.steps(config.epochs), distributed.world()
     trial = run(name, config, config.batch_size // world, len(source))
     maker = Steps(

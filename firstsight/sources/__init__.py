@@ -18,7 +18,8 @@ _SCENES = ("scenes:train", "scenes:test")
 _NAMES = (*_SCENES, "scenes:train@N", "cifar10:train", "cifar100:train", "stl10:train")
 _UNDERSTOOD = (
     "a folder of images or tars, a .zip, a .tar, a list (.txt, .csv, .parquet), scenes:train, "
-    "scenes:test, scenes:train@N, cifar10:train, cifar100:train, stl10:train, imagenet:train@ROOT"
+    "scenes:test, scenes:train@N, cifar10:train, cifar100:train, stl10:train, imagenet:train@ROOT, "
+    "hf:NAME:SPLIT"
 )
 
 
@@ -36,13 +37,14 @@ def open_source(spec: str) -> Source:
 
 
 def fetch(*specs: str) -> None:
-    """Download what torchvision sets among `specs` lack (by the first of several ranks)."""
+    """Download what sets of torchvision and the hub among `specs` lack (by the first of several ranks)."""
     from firstsight import distributed
-    from firstsight.sources.named import download
+    from firstsight.sources import hub, named
 
     if distributed.rank() == 0:
         for spec in specs:
-            download(spec)
+            hub.download(spec)
+            named.download(spec)
     distributed.barrier()
 
 
@@ -62,6 +64,10 @@ def _open(spec: str) -> Source:
         from firstsight.sources.listed import Listed
 
         return Listed(spec)
+    if spec.startswith("hf:") and not os.path.exists(spec):
+        from firstsight.sources.hub import Hub
+
+        return Hub(spec)
     if spec.startswith("scenes"):
         from firstsight.sources.scenes import Scenes
 
@@ -84,7 +90,7 @@ def _open(spec: str) -> Source:
     if os.path.exists(spec):
         raise UserError(f"{spec!r} is a file of no known kind; point --data at {_UNDERSTOOD}")
     if re.fullmatch(r"[A-Za-z0-9_-]+:\S*", spec):  # looks like a name, not like a path
-        raise unknown("source", spec, (*_NAMES, "imagenet:train@ROOT"))
+        raise unknown("source", spec, (*_NAMES, "imagenet:train@ROOT", "hf:NAME:SPLIT"))
     raise UserError(f"there is no {spec!r}; point --data at {_UNDERSTOOD}")
 
 
