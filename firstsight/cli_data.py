@@ -16,7 +16,7 @@ from firstsight.shown import table, write_json
 
 
 def data(args: list[str]) -> None:
-    """Lay images out and look at them: firstsight data zip|verify|subset|sort-imagenet-val ..."""
+    """Lay images out and look at them: firstsight data zip|verify|subset|views|info|..."""
     if not args or args[0] in ("-h", "--help"):
         lines = [
             f"  {name:<18} {(kind.__doc__ or '').strip()}" for name, (kind, _) in WORKS.items()
@@ -117,6 +117,42 @@ def subset(asked: Subset, target: str | None) -> None:
     write_json(target, result)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StaticViews:
+    """Write originals and augmented copies of the images of a SOURCE; goes on where it stopped."""
+
+    source: tyro.conf.Positional[str]
+    """SOURCE of the images."""
+    out: str
+    """Folder for the files and their manifest; it is a SOURCE itself."""
+    aug: Literal["moco", "nointer", "super-hard", "hard", "easy"] = "moco"
+    """moco: two views; nointer: of different corners; the others: of crops that overlap little to
+    much, and copies of these with the overlap or a random place of its size painted over."""
+    images_per_class: int = 50
+    """Images of each class, the first by name (of all images where there are no labels); 0: all."""
+    size: int = 224
+    """Side of the views, pixels."""
+    iou: Literal["exact", "published"] = "exact"
+    """How overlap is measured: of half-open boxes, or with its sides longer by one."""
+    format: Literal["png", "jpeg"] = "png"
+    """Files without loss, or (as published) JPEG of quality 75."""
+    seed: int = 0
+    """Decides everything that is random."""
+    workers: int = 0
+    """Threads; 0: one for each core."""
+
+
+def views(asked: StaticViews, target: str | None) -> None:
+    """Write static views, and say how many."""
+    from firstsight import data
+
+    options = settings.shallow(asked)
+    result = data.views(options.pop("source"), **options)
+    keys = ("images", "views", "written", "left_out", "missed")
+    table(f"{asked.out}, {asked.aug}", ["", ""], [[key, f"{result[key]}"] for key in keys])
+    write_json(target, result)
+
+
 MOST = 100
 """Messages of a kind that are printed; `--json` has all."""
 
@@ -152,5 +188,6 @@ WORKS: dict[str, tuple[type[Any], Callable[[Any, str | None], None]]] = {
     "zip": (Zip, zip_up),
     "verify": (Verify, verify),
     "subset": (Subset, subset),
+    "views": (StaticViews, views),
     "sort-imagenet-val": (SortImagenetVal, sort_imagenet_val),
 }

@@ -37,7 +37,7 @@ def open_source(spec: str) -> Source:
 
 
 def fetch(*specs: str) -> None:
-    """Download what sets of torchvision and the hub among `specs` lack (by the first of several ranks)."""
+    """Download what sets of torchvision and the hub lack (by the first of several ranks)."""
     from firstsight import distributed
     from firstsight.sources import hub, named
 
@@ -97,8 +97,11 @@ def _open(spec: str) -> Source:
 def _folder(spec: str) -> Source:
     """x."""
     from firstsight.sources.folder import Folder
+    from firstsight.sources.static import MANIFEST, StaticViews
     from firstsight.sources.tar import Tar, tars_in
 
+    if os.path.exists(os.path.join(spec, MANIFEST)):
+        return StaticViews(spec)
     try:
         tars = tars_in(spec)
     except OSError:  # said better below
