@@ -152,7 +152,8 @@ def _filled(source: Encoded, cache: Cache) -> Cached:
     machines = distributed.machines() if cache == "part" else 1
     machine = distributed.machine() if cache == "part" else 0
     chosen = range(machine, len(source), machines)
-    name = MEMORY / f"firstsight-{distributed.share(uuid.uuid4().hex)}"
+    token = distributed.share(uuid.uuid4().hex)
+    name = MEMORY / f"firstsight-{token}-{distributed.machine()}"
     wrong = ""
     if distributed.local_rank() == 0:
         try:

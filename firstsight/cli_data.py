@@ -153,6 +153,42 @@ def views(asked: StaticViews, target: str | None) -> None:
     write_json(target, result)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Look at every image of a SOURCE: sizes, labels, faults, duplicates, settings that suit."""
+
+    source: tyro.conf.Positional[str]
+    """SOURCE to look at."""
+    workers: int = 0
+    """Threads; 0: one for each core."""
+
+
+def info(asked: Info, target: str | None) -> None:
+    """Look at a source, and tell what is there."""
+    from firstsight import data
+
+    result = data.info(asked.source, workers=asked.workers)
+    labels = result["labels"].values()
+    rows = [["images", f"{result['images']}"], ["MiB", f"{result['bytes'] / 2**20:.1f}"]]
+    for side in ("width", "height"):
+        spread = [f"{result[side][key]}" for key in ("min", "median", "max") if result[side]]
+        rows.append([f"{side}, smallest, median, largest", " ".join(spread)])
+    rows.append(["modes", ", ".join(f"{k} {n}" for k, n in result["modes"].items())])
+    per_class = f", {min(labels)} to {max(labels)} images each" if labels else ""
+    rows.append(["classes", f"{len(labels)}{per_class}"])
+    rows.append(["decoded each second", f"{result['decoded_per_second']}"])
+    for key in ("unreadable", "exact_duplicates", "near_duplicates"):
+        rows.append([key.replace("_", " "), f"{len(result[key])}"])
+    rows.append(["suits it", " ".join(f"{k} {v}" for k, v in result["recommended"].items())])
+    table(asked.source, ["", ""], rows)
+    for one in result["unreadable"][:MOST]:
+        print(f"cannot be read: {one['image']} ({printable(one['reason'])})")
+    for kind in ("exact", "near"):
+        for group in result[f"{kind}_duplicates"][:MOST]:
+            print(f"{kind} duplicates: {', '.join(group)}")
+    write_json(target, result)
+
+
 MOST = 100
 """Messages of a kind that are printed; `--json` has all."""
 
@@ -189,5 +225,6 @@ WORKS: dict[str, tuple[type[Any], Callable[[Any, str | None], None]]] = {
     "verify": (Verify, verify),
     "subset": (Subset, subset),
     "views": (StaticViews, views),
+    "info": (Info, info),
     "sort-imagenet-val": (SortImagenetVal, sort_imagenet_val),
 }
