@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from firstsight.errors import UserError
@@ -57,7 +58,7 @@ def _images_below(root: str) -> list[str]:
                 continue
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(absolute) as entries:
-                inside = [(entry.name, entry.is_dir(), entry.is_file()) for entry in entries]
+                inside = [(entry.name, *_kind(entry)) for entry in entries]
         except OSError as error:
             reason = error.strerror or error
             raise UserError(
@@ -73,3 +74,13 @@ def _images_below(root: str) -> list[str]:
                 found.append(path)
         todo.extend(sorted(below, reverse=True))  # popped in sorted order: the same link wins
     return found
+
+
+def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
+    """Whether an entry leads to a folder, and whether to a file."""
+    try:
+        return entry.is_dir(), entry.is_file()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # links in a circle lead nowhere, as broken ones do
+            return False, False
+        raise
