@@ -24,7 +24,6 @@ from firstsight.sources import Source, UnreadableImage, open_source
 from firstsight.sources.base import Pixels
 from firstsight.sources.static import MANIFEST, read_manifest
 from firstsight.views import Views
-from firstsight.views.apply import apply, crop_resize
 from firstsight.views.draw import draw
 
 Aug = Literal["moco", "nointer", "super-hard", "hard", "easy"]
@@ -193,6 +192,8 @@ def _save(place: Path, picture: Pixels) -> None:
 
 def _plain(pixels: Pixels, aug: Aug, size: int, seed: int, index: int) -> list[Pixels]:
     """Two views: of the whole image, or (nointer) of two different corners of half its sides."""
+    from firstsight.views.apply import apply  # torch is behind it, and other works need none
+
     height, width = pixels.shape[:2]
     parts, how = [pixels, pixels], _MOCO
     if aug == "nointer":
@@ -247,6 +248,8 @@ def _painted(
     pixels: Pixels, boxes: NDArray[np.int64], size: int, seed: int, index: int
 ) -> list[Pixels]:
     """The ten views of two overlapping crops."""
+    from firstsight.views.apply import crop_resize
+
     noise = np.random.default_rng(keyed.seed(seed, _NOISE, index))
     places = np.random.default_rng(keyed.seed(seed, _PLACES, index))
     flips = np.random.default_rng(keyed.seed(seed, _FLIPS, index)).random(10) < 0.5

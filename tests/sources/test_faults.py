@@ -89,7 +89,7 @@ def test_a_run_names_and_counts_them(photos, tmp_path, capfd):
 @pytest.mark.parametrize("wrap", [lambda b: b, lambda b: b + bytes(1 << 20)])
 def test_a_picture_of_60000_pixels_a_side_takes_no_memory(wrap):
     tracemalloc.start()
-    with pytest.raises(UnreadableImage, match="60000 x 60000 pixels"):
+    with pytest.raises(UnreadableImage, match=r"60000 x 60000 pixels|3600000000 pixels"):
         decode(wrap(huge_png()))
     assert tracemalloc.get_traced_memory()[1] < 8 << 20
     tracemalloc.stop()
