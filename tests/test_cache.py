@@ -163,13 +163,20 @@ def test_two_ranks_share_a_segment_and_two_machines_hold_their_parts(photos):
     assert left_behind() == []
 
 
-def test_a_run_is_the_same_with_the_cache_and_can_go_on_without(photos, tmp_path):
-    logs = {}
+def test_a_run_is_the_same_with_the_cache_and_can_go_on_without(photos, tmp_path, monkeypatch):
+    logs, sources, train = {}, [], run.engine.pretrain
+
+    def noted(name, config, source, probe, out):
+        sources.append(type(source).__name__)
+        return train(name, config, source, probe, out)
+
+    monkeypatch.setattr(run.engine, "pretrain", noted)
     for kind in ("none", "shared"):
         out = tmp_path / kind
         run.pretrain("simclr", config("simclr", out, data=str(photos), cache=kind, epochs=1.0))
         logs[kind] = [(r["step"], r["loss"]) for r in read_log(out / "log.jsonl")]
     assert logs["none"] == logs["shared"] and len(logs["none"]) == 3
+    assert sources == ["Folder", "Cached"]
     settings = config("simclr", tmp_path / "none", data=str(photos), epochs=1.0)
     earlier = tmp_path / "none" / "config.yaml"
     settings = dataclasses.replace(settings, cache="shared")

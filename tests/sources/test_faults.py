@@ -14,7 +14,7 @@ from PIL import Image
 
 from firstsight import cli, data, run
 from firstsight.errors import UserError
-from firstsight.loader import Steps, batches
+from firstsight.loader import Chunks, Steps, batches, chunks
 from firstsight.log import printable, read_log, say
 from firstsight.order import Epochs
 from firstsight.sources import UnreadableImage, open_source
@@ -119,6 +119,8 @@ def test_an_archive_that_changes_under_the_run_is_refused_by_workers_too(photos,
     for workers in (0, 1):
         with pytest.raises(UserError, match=r"x\.zip' has changed since it was opened"):
             made(source, workers)
+        with pytest.raises(UserError, match=r"^'.*x\.zip' has changed since it was opened[^\n]*$"):
+            list(chunks(Chunks(source=source, index=np.arange(4), size=32, batch_size=2), workers))
 
 
 def test_an_archive_that_is_replaced_by_name_is_read_as_it_was_where_it_is_open(photos, tmp_path):
