@@ -1,5 +1,6 @@
 """Static views: what each kind is, that they are the same for a seed, and how writing goes on."""
 
+import itertools
 import json
 
 import cv2
@@ -11,6 +12,7 @@ from firstsight import cli, data, open_source
 from firstsight.data import static
 from firstsight.errors import UserError
 from firstsight.sources.static import StaticViews
+from firstsight.views import Views
 from tests.sources.pictures import encoded, noise
 
 KINDS = ["moco", "nointer", "super-hard", "hard", "easy"]
@@ -101,6 +103,8 @@ def test_crops_overlap_as_the_kind_says(aug, iou):
         assert not hit or common.sum() < areas.min()
         found += hit
     assert found >= 8
+    apart = np.array([[0, 0, 4, 4]]), np.array([[9, 9, 12, 12]])
+    assert static.overlap_of(*apart, plus=0) == static.overlap_of(*apart, plus=1) == 0
     (box, _), hit = static.overlapping(noise(1, 1), "hard", "exact", 0, 0)
     assert not hit and box.tolist() == [0, 0, 1, 1]
 
@@ -126,22 +130,23 @@ def test_what_is_painted_over_is_the_overlap_or_as_much_elsewhere():
     places = {np.flatnonzero(c.any(1))[0] for k in range(6)
               for c in [(static._painted(pixels, boxes, 64, 1, k)[4] != 200).any(-1)]}  # fmt: skip
     assert len(places) > 2
+    sides = {np.flatnonzero(c.any(0))[0] for k in range(6)
+             for c in [(static._painted(pixels, boxes, 64, 1, k)[2] != 200).any(-1)]}  # fmt: skip
+    assert sides == {0, 32}  # some are mirrored, some not
 
 
-def test_views_without_intersection_come_from_different_corners():
-    """Each corner has one colour: two views of one corner would be alike."""
+def test_views_without_intersection_come_from_different_corners(monkeypatch):
+    """Each corner has one colour, and the views keep it."""
+    monkeypatch.setattr(static, "_CORNER", Views(jitter=0, gray=0, blur=(0,), min_scale=(0.4,)))
     corners = np.zeros((40, 60, 3), np.uint8)
     corners[20:] += 60
     corners[:, 30:] += 120
     pairs = set()
-    for index in range(30):
-        drawn = static.draw(static._CORNER, [(30, 20)], seed=0, epoch=0, index=[index])
-        colours = []
-        for view in static._plain(corners, "nointer", 16, 0, index):
-            assert view.std() < 3 or drawn.gray.any() or drawn.jitter.any()
-            colours.append(round(float(view.mean())))
-        pairs.add(tuple(c > 90 for c in colours))
-    assert len(pairs) == 4
+    for index in range(120):
+        views = static._plain(corners, "nointer", 16, 0, index)
+        assert all(view.shape == (16, 16, 3) and view.std() == 0 for view in views)
+        pairs.add(tuple(int(view[0, 0, 0]) for view in views))
+    assert pairs == set(itertools.permutations((0, 60, 120, 180), 2))
 
 
 def test_an_unreadable_image_is_left_out_and_named(photos, tmp_path, capsys):

@@ -65,6 +65,16 @@ def test_offsets_beyond_four_gib_and_their_sizes(tmp_path):
         read_directory(str(tmp_path / "x.zip"))
 
 
+def test_only_full_numbers_are_taken_from_the_extra_field(tmp_path):
+    wide = struct.pack("<2H2Q", 1, 16, 6 << 30, 7 << 30)
+    entry = struct.pack("<4s6H3L5H2L", b"PK\1\2", 45, 45, 0, 8, 0, 0, 9, 0xFFFFFFFF, 1234, 5,
+                        len(wide), 0, 0, 0, 0, 0xFFFFFFFF) + b"a.png" + wide  # fmt: skip
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, len(entry), 0, 0)
+    (tmp_path / "x.zip").write_bytes(entry + end)
+    table = read_directory(str(tmp_path / "x.zip")).table
+    assert table.tolist() == [[7 << 30, 6 << 30, 1234, 9, 8, 0]]
+
+
 def many_empty(path, count):
     """An archive of empty members, written by hand: `zipfile` would take minutes."""
     entries = bytearray()
