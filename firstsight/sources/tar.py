@@ -17,7 +17,13 @@ from firstsight.errors import UserError
 from firstsight.sources.base import Encoded, UnreadableImage
 from firstsight.sources.files import Opened, stamp
 from firstsight.sources.listed import numbered
-from firstsight.sources.paths import EXTENSIONS, cache_folder, class_folders, is_image
+from firstsight.sources.paths import (
+    EXTENSIONS,
+    cache_folder,
+    class_folders,
+    has_extension,
+    is_image,
+)
 
 _VERSION = 1  # of the cached index
 _BLOCK = tarfile.BLOCKSIZE
@@ -89,10 +95,16 @@ class Tar(Encoded):
 
 
 def tars_in(folder: str) -> list[str]:
-    """The `.tar` files of a folder, sorted by name."""
+    """The `.tar` files of a folder, sorted by name; none where images or folders lie beside them.
+
+    A backup beside one's photographs is no source.
+    """
     with os.scandir(folder) as entries:
-        names = sorted(e.name for e in entries if e.name.lower().endswith(".tar") and e.is_file())
-    return [os.path.join(folder, name) for name in names if not name.startswith(".")]
+        shown = [entry for entry in entries if not entry.name.startswith(".")]
+        if any(has_extension(entry.name) or entry.is_dir() for entry in shown):
+            return []
+        tars = [e.name for e in shown if e.name.lower().endswith(".tar") and e.is_file()]
+    return [os.path.join(folder, name) for name in sorted(tars)]
 
 
 def _behind(shards: list[str], found: list[list[_Member]]) -> list[str]:

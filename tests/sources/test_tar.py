@@ -53,6 +53,15 @@ def test_shards_of_webdataset(tmp_path):
     assert copy.fingerprint() == source.fingerprint() and greys(copy) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("beside", ["photo.png", "cats/photo.png"])
+def test_a_tar_beside_photographs_is_passed_over(tmp_path, beside):
+    folder = tmp_path / "photos"
+    shard(folder / "backup.tar", {"old.png": png(1)})
+    (folder / beside).parent.mkdir(exist_ok=True)
+    (folder / beside).write_bytes(png(2))
+    assert identities(open_source(str(folder))) == [beside]
+
+
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_one_tar_of_a_folder_of_classes(tmp_path, form):
     name = "cat/" + "long" * 22 + "é.png"
