@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from firstsight import methods, recipes, settings
+from firstsight.cli_data import data
 from firstsight.errors import UserError, require_positive, unknown
 from firstsight.flags import config_file, flagged, parsed, peeked, taken
 from firstsight.log import is_first
+from firstsight.shown import show, table, write_json
 
 
 def pretrain(args: list[str]) -> None:
@@ -60,7 +60,7 @@ def show_recipes(args: list[str]) -> None:
     for recipe in shown:
         about = f"{recipe.name:<25} {recipe.summary}\n{recipe.method:>24}  {recipe.story['paper']}"
         print(recipe.text if args else about)
-    _write_json(target, {r.name: {"method": r.method, **r.story, **r.values} for r in shown})
+    write_json(target, {r.name: {"method": r.method, **r.story, **r.values} for r in shown})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,7 +194,7 @@ def evaluate_knn(args: list[str], target: str | None) -> None:
             [k, f"{figures['top1']:.2f}", f"{figures['top5']:.2f}"]
             for k, figures in result["k"].items()
         ]
-        _show("k-NN accuracy, percent", ["k", "top-1", "top-5"], rows, result, target)
+        show("k-NN accuracy, percent", ["k", "top-1", "top-5"], rows, result, target)
 
 
 def evaluate_linear(args: list[str], target: str | None) -> None:
@@ -211,7 +211,7 @@ def evaluate_linear(args: list[str], target: str | None) -> None:
     if "chosen" in result:
         lr, decay = result["chosen"]["lr"], result["chosen"]["weight_decay"]
         rows.append([f"learning rate {lr:g}, weight decay {decay:g}: chosen held out", "", ""])
-    _show("linear accuracy, percent", ["", "top-1", "top-5"], rows, result, target)
+    show("linear accuracy, percent", ["", "top-1", "top-5"], rows, result, target)
 
 
 def _read(
@@ -227,8 +227,8 @@ def _read(
     results = over_snapshots(spec, name, lambda snapshot: reading(snapshot, **asked))
     steps = [[str(one["step"]), f"{one['top1']:.2f}"] for one in results]
     what = {"knn": "k-NN at its best k", "linear": "linear"}[name]
-    _table(f"{what} over the run, percent", ["step", "top-1"], steps)
-    _write_json(target, results)
+    table(f"{what} over the run, percent", ["step", "top-1"], steps)
+    write_json(target, results)
     return None
 
 
@@ -236,41 +236,6 @@ READINGS: dict[str, Callable[[list[str], str | None], None]] = {
     "knn": evaluate_knn,
     "linear": evaluate_linear,
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SortImagenetVal:
-    """Sort ILSVRC's validation images into folders of their classes; goes on where it stopped."""
-
-    images: tyro.conf.Positional[str]
-    """Folder of ILSVRC2012_val_*.JPEG."""
-    truth: str
-    """CSV of image and class, or the development kit's text of class numbers."""
-    out: str
-    """Folder for the folders of classes; ROOT/val makes imagenet:val@ROOT a source."""
-    classes: str = ""
-    """For a truth of numbers: a text whose line k begins with the name of class k."""
-    by: Literal["link", "copy", "move"] = "link"
-    """What is put there: links to the images, copies, or the images themselves."""
-
-
-def data(args: list[str]) -> None:
-    """Lay images out: firstsight data sort-imagenet-val IMAGES --truth FILE --out FOLDER."""
-    if not args or args[0] in ("-h", "--help"):
-        print("usage: firstsight data sort-imagenet-val IMAGES --truth FILE --out FOLDER [OPTIONS]")
-        return
-    if args[0] != "sort-imagenet-val":
-        raise unknown("work on data", args[0], ["sort-imagenet-val"])
-    target, args = taken(args[1:], "--json")
-    options = parsed(SortImagenetVal, args, "data sort-imagenet-val")
-
-    from firstsight.data import sort_imagenet_val
-
-    asked = settings.shallow(options)
-    result = sort_imagenet_val(asked.pop("images"), **asked)
-    rows = [[key, str(result[key])] for key in ("images", "classes", "placed")]
-    _table(f"{result['out']}, by {result['by']}", ["", ""], rows)
-    _write_json(target, result)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -356,9 +321,9 @@ def _overview() -> str:
         "usage: firstsight COMMAND ...\n\n"
         "Learn an image backbone from photographs without labels, and say how good it is.\n\n"
         "commands:\n" + "\n".join(lines) + "\n\n"
-        "SOURCE is a folder of images (with or without class folders), a .zip of one,\n"
-        "scenes:train, scenes:test, or a set that torchvision knows: cifar10:train,\n"
-        "cifar100:test, stl10:unlabeled, imagenet:train@ROOT.\n"
+        "SOURCE is a folder of images (with or without class folders), a .zip of one, a list\n"
+        "(.txt, .csv, .parquet), a .tar or a folder of them, scenes:train, scenes:test, or\n"
+        "what others know: cifar10:train, stl10:unlabeled, imagenet:train@ROOT, hf:NAME:SPLIT.\n"
         "firstsight COMMAND --help lists all options."
     )
 
@@ -376,8 +341,8 @@ def _show_run(out: Path, target: str | None) -> None:
                 for what, value in reading.items()
                 if what != "protocol"
             ]
-    _table(f"{summary['method']}, {out}", ["", ""], rows)
-    _write_json(target, summary)
+    table(f"{summary['method']}, {out}", ["", ""], rows)
+    write_json(target, summary)
 
 
 def _show_dry_run(result: dict[str, Any], target: str | None) -> None:
@@ -393,37 +358,5 @@ def _show_dry_run(result: dict[str, Any], target: str | None) -> None:
         ["a step", per_step + f"{result['seconds_views']} s for its views in one process)"],
         ["in all, without readings", f"{result['time']} ({result['hours']} hours)"],
     ]
-    _table(f"{result['method']}, nothing written", ["", ""], rows)
-    _write_json(target, result)
-
-
-def _show(
-    title: str,
-    columns: list[str],
-    rows: list[list[str]],
-    result: dict[str, Any],
-    target: str | None,
-) -> None:
-    """Print a result as a table with its protocol, and write it as JSON where asked."""
-    _write_json(target, result)  # first: who prints into `head` has it all the same
-    _table(title, columns, rows)
-    protocol = ", ".join(f"{key} {value}" for key, value in result["protocol"].items())
-    Console().print(f"protocol: {protocol}", markup=False, highlight=False)
-
-
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    table = Table(title=title, title_justify="left", show_header=any(columns))
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-
-
-def _write_json(target: str | None, result: dict[str, Any] | list[dict[str, Any]]) -> None:
-    if target is not None:
-        try:
-            Path(target).write_text(json.dumps(result, indent=2) + "\n")
-        except OSError as error:
-            reason = error.strerror
-            raise UserError(f"cannot write {target} ({reason}); use another --json") from None
+    table(f"{result['method']}, nothing written", ["", ""], rows)
+    write_json(target, result)

@@ -76,6 +76,26 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_world() -> int:
+    """Processes on each machine, as torchrun says; all of them where it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world())) if world() > 1 else 1
+
+
+def local_rank() -> int:
+    """Position of this process among those of its machine, from 0."""
+    return rank() % local_world()
+
+
+def machines() -> int:
+    """M, the number of machines."""
+    return world() // local_world()
+
+
+def machine() -> int:
+    """Position of this machine among all, from 0."""
+    return rank() // local_world()
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if world() > 1:

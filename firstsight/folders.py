@@ -107,7 +107,10 @@ def _compared(config: Pretrain, earlier: Path) -> tuple[Pretrain, _Differing]:
         layout=old.layout if config.layout == "auto" else config.layout,
         warmup_epochs=old.warmup_epochs if config.epochs > old.epochs else config.warmup_epochs,
     )
-    return config, _differences(plain(old), plain(config))
+    differing = _differences(plain(old), plain(config))
+    if "part" not in (old.cache, config.cache):  # the other two differ in speed alone
+        differing.pop("cache", None)
+    return config, differing
 
 
 def _differences(

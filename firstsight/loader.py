@@ -210,7 +210,7 @@ class Chunks(Dataset[Any]):
     batch_size: int
     interpolation: Interpolation = "bilinear"
 
-    def __getitem__(self, chunk: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, chunk: int) -> tuple[Tensor, Tensor] | UserError:
         """(B', 3, size, size) uint8 and the positions (B',) of those images that could be read."""
         index = self.index[chunk * self.batch_size : (chunk + 1) * self.batch_size]
         found, pictures = [], []
@@ -222,6 +222,8 @@ class Chunks(Dataset[Any]):
                 found.append(int(i))
             except UnreadableImage:
                 continue
+            except UserError as error:  # raised again by the loader, as for `Steps`
+                return error
         stack = np.stack(pictures) if pictures else np.empty((0, self.size, self.size, 3), np.uint8)
         return _channels_first(stack), torch.tensor(found, dtype=torch.long)
 
@@ -231,4 +233,4 @@ def chunks(dataset: Chunks, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     count = -(-len(dataset.index) // dataset.batch_size)
     mine = range(distributed.rank(), count, distributed.world())
     if len(mine):
-        yield from _loader(dataset, mine, workers)
+        yield from _raised(_loader(dataset, mine, workers))

@@ -30,7 +30,13 @@ def say(text: str) -> None:
     """One plain line for the user, apart from results; on the first of several ranks."""
     if not is_first():
         return
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(printable(text), markup=False)
+
+
+def printable(text: str) -> str:
+    """`text` with bytes that are no UTF-8 (in names of files) spelt out, and in one line."""
+    whole = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return whole.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

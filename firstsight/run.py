@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import torch
 
 from firstsight import (
+    cache,
     checkpoint,
     distributed,
     engine,
@@ -134,7 +135,8 @@ def _trained(
 ) -> engine.Trained:
     """The engine's work; where memory is too small for it, what would fit is said."""
     try:
-        return engine.pretrain(name, config, source, probe, out)
+        with cache.held(source, config.cache) as images:
+            return engine.pretrain(name, config, images, probe, out)
     except torch.OutOfMemoryError:
         pass  # only outside this block are the tensors of the failed step free
     raise trial.too_large(name, config, len(source))

@@ -175,6 +175,9 @@ class Pretrain:
     """Where to train."""
     threads: int = 0
     """CPU threads for arithmetic; 0: one for each core."""
+    cache: Literal["none", "shared", "part"] = "none"
+    """Files of images in memory: none; all of them, shared by the ranks of a machine; on each of
+    several machines only its part, which it trains on alone (another order of images)."""
     workers: int = -1
     """Processes that make views, per rank; 0: none, in turn with training; -1: picked by cores."""
     dry_run: bool = False

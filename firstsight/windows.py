@@ -14,7 +14,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from firstsight import keyed
+from firstsight import distributed, keyed
+from firstsight.cache import Shares
 from firstsight.errors import UserError
 from firstsight.order import Epochs
 from firstsight.settings import Pretrain
@@ -93,6 +94,13 @@ Order: TypeAlias = Epochs | Windows
 
 def order_of(config: Pretrain, images: int) -> Order:
     """The order in which a run visits its images."""
+    if config.cache == "part":
+        if config.order != "epochs":
+            raise UserError(
+                f"--order {config.order} goes over all images, and --cache part has a share of "
+                "them on each machine; use --cache shared or --order epochs"
+            )
+        return Shares(images, config.batch_size, config.seed, distributed.machines())
     if config.order == "epochs":
         return Epochs(images, config.batch_size, config.seed)
     kind = Windows if config.order == "sliding" else RandomWindows

@@ -77,7 +77,7 @@ def arguments(words):
     ("page", "words"), ALL, ids=[f"{page.stem}-{' '.join(words)[:60]}" for page, words in ALL]
 )
 def test_every_command_of_the_docs_is_understood(page, words, monkeypatch, capsys):
-    from firstsight import evaluate, report, run
+    from firstsight import data, evaluate, report, run
 
     def reached(*_, **__):
         raise Reached
@@ -86,6 +86,7 @@ def test_every_command_of_the_docs_is_understood(page, words, monkeypatch, capsy
         run: ("pretrain", "dry_run", "demo"),
         evaluate: ("knn", "linear", "over_snapshots"),
         report: ("write_report",),
+        data: ("info", "subset", "verify", "views", "zip_up"),
     }.items():
         for name in names:
             monkeypatch.setattr(module, name, reached)
@@ -137,9 +138,9 @@ def test_the_commands_of_a_page_run_in_its_order(page, tmp_path, monkeypatch):
         args = small(arguments(words))
         for flag, value in itertools.pairwise(args):
             path = Path(value)
-            is_source = re.fullmatch(r"--(data|(probe-)?(train|test))", flag)
+            is_source = re.fullmatch(r"--(data|(probe-)?(train|test))|info", flag)
             if is_source and ":" not in value and not path.exists():
-                photographs(path, labelled="photos" not in value)
+                photographs(path, labelled="photos" not in value or flag == "info")
         try:
             cli.main(args)
         except SystemExit as error:

@@ -1,11 +1,13 @@
 """The sliding window: what it must hold for any numbers, and the released windows beside it."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
 from firstsight import engine, run
+from firstsight.cache import Shares
 from firstsight.errors import UserError
 from firstsight.loader import Steps
 from firstsight.log import read_log
@@ -157,3 +159,10 @@ def test_a_window_that_fills_no_batch_names_the_flag():
         sliding(48, 4, 2)
     with pytest.raises(UserError, match="7 images do not fill a batch of 8"):
         sliding(7, 16, 4)
+
+
+def test_a_window_and_a_share_of_the_images_exclude_each_other(tmp_path):
+    shared = config("simclr", tmp_path, cache="part")
+    assert isinstance(order_of(shared, 64), Shares)
+    with pytest.raises(UserError, match="use --cache shared or --order epochs"):
+        order_of(dataclasses.replace(shared, order="sliding"), 64)

@@ -1,7 +1,11 @@
-"""Images on disk: laid out so that they can be a source."""
+"""Images on disk: laid out so that they can be a source, and looked at."""
 
 from __future__ import annotations
 
 from firstsight.data.imagenet import sort_imagenet_val
+from firstsight.data.looked import info
+from firstsight.data.static import views
+from firstsight.data.subsets import subset
+from firstsight.data.zipped import verify, zip_up
 
-__all__ = ["sort_imagenet_val"]
+__all__ = ["info", "sort_imagenet_val", "subset", "verify", "views", "zip_up"]

@@ -17,13 +17,14 @@ _TORCHVISION = ("cifar10:", "cifar100:", "stl10:", "imagenet:")
 _SCENES = ("scenes:train", "scenes:test")
 _NAMES = (*_SCENES, "scenes:train@N", "cifar10:train", "cifar100:train", "stl10:train")
 _UNDERSTOOD = (
-    "a folder of images, a .zip archive, scenes:train, scenes:test, scenes:train@N, cifar10:train, "
-    "cifar100:train, stl10:train, imagenet:train@ROOT"
+    "a folder of images or tars, a .zip, a .tar, a list (.txt, .csv, .parquet), scenes:train, "
+    "scenes:test, scenes:train@N, cifar10:train, cifar100:train, stl10:train, imagenet:train@ROOT, "
+    "hf:NAME:SPLIT"
 )
 
 
 def open_source(spec: str) -> Source:
-    """The source that `spec` names: a folder, a `.zip`, `scenes:train`, `cifar10:train`, ...
+    """The source that `spec` names: a folder, an archive, a list, `scenes:train`, ...
 
     `@N` behind a scenes name is the number of images, `@ROOT` behind that of a torchvision set the
     folder of its files (else FIRSTSIGHT_DATA, else `data` in the cache). A folder or an archive
@@ -36,25 +37,37 @@ def open_source(spec: str) -> Source:
 
 
 def fetch(*specs: str) -> None:
-    """Download what torchvision sets among `specs` lack (by the first of several ranks)."""
+    """Download what sets of torchvision and the hub lack (by the first of several ranks)."""
     from firstsight import distributed
-    from firstsight.sources.named import download
+    from firstsight.sources import hub, named
 
     if distributed.rank() == 0:
         for spec in specs:
-            download(spec)
+            hub.download(spec)
+            named.download(spec)
     distributed.barrier()
 
 
 def _open(spec: str) -> Source:
+    suffix = os.path.splitext(spec)[1].lower()
     if os.path.isdir(spec):
-        from firstsight.sources.folder import Folder
-
-        return Folder(spec)
-    if spec.lower().endswith(".zip"):
+        return _folder(spec)
+    if suffix == ".zip":
         from firstsight.sources.zip import Zip
 
         return Zip(spec)
+    if suffix == ".tar" or spec.lower().endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")):
+        from firstsight.sources.tar import Tar
+
+        return Tar(spec)
+    if suffix in (".txt", ".csv", ".parquet"):
+        from firstsight.sources.listed import Listed
+
+        return Listed(spec)
+    if spec.startswith("hf:") and not os.path.exists(spec):
+        from firstsight.sources.hub import Hub
+
+        return Hub(spec)
     if spec.startswith("scenes"):
         from firstsight.sources.scenes import Scenes
 
@@ -77,5 +90,20 @@ def _open(spec: str) -> Source:
     if os.path.exists(spec):
         raise UserError(f"{spec!r} is a file of no known kind; point --data at {_UNDERSTOOD}")
     if re.fullmatch(r"[A-Za-z0-9_-]+:\S*", spec):  # looks like a name, not like a path
-        raise unknown("source", spec, (*_NAMES, "imagenet:train@ROOT"))
+        raise unknown("source", spec, (*_NAMES, "imagenet:train@ROOT", "hf:NAME:SPLIT"))
     raise UserError(f"there is no {spec!r}; point --data at {_UNDERSTOOD}")
+
+
+def _folder(spec: str) -> Source:
+    """x."""
+    from firstsight.sources.folder import Folder
+    from firstsight.sources.static import MANIFEST, StaticViews
+    from firstsight.sources.tar import Tar, tars_in
+
+    if os.path.exists(os.path.join(spec, MANIFEST)):
+        return StaticViews(spec)
+    try:
+        tars = tars_in(spec)
+    except OSError:  # said better below
+        tars = []
+    return Tar(spec) if tars else Folder(spec)

@@ -55,6 +55,28 @@ class Source(ABC):
         return digest.hexdigest()[:16]
 
 
+class Encoded(Source):
+    """A source whose images are encoded files (JPEG, PNG, ...), wherever these lie."""
+
+    @abstractmethod
+    def encoded(self, index: int) -> bytes:
+        """The file of image `index` as it is stored; raises `UnreadableImage`."""
+
+    def size(self, index: int) -> int:
+        """Bytes of the file of image `index`; raises `UnreadableImage`."""
+        return len(self.encoded(index))
+
+    def file_of(self, index: int) -> str | None:
+        """Where the file of image `index` lies on disk; None inside an archive."""
+        return None
+
+    def pixels(self, index: int) -> Pixels:
+        """Image `index`, upright and RGB, (H, W, 3) uint8; raises `UnreadableImage`."""
+        from firstsight.sources.decode import decode
+
+        return decode(self.encoded(index))
+
+
 def common_labels(
     bank: Source, test: Source, bank_flag: str, test_flag: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

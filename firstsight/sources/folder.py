@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from firstsight.errors import UserError
-from firstsight.sources.base import Pixels, Source, UnreadableImage
-from firstsight.sources.paths import EXTENSIONS, class_folders, is_image
+from firstsight.sources.files import Files
+from firstsight.sources.paths import EXTENSIONS, by_folder, class_folders, is_image
 
 
-class Folder(Source):
+class Folder(Files):
     """All images below `root`, sorted by path; hidden files and folders are passed over.
 
     Labels are the first-level folders where every image lies below one and there are at least two
@@ -24,7 +25,7 @@ class Folder(Source):
         self.spec = self.root
         if not os.path.isdir(self.root):
             raise UserError(f"{self.root!r} is not a folder; point --data at a folder of images")
-        self._paths = sorted(_images_below(self.root), key=lambda path: path.split("/"))
+        self._paths = sorted(_images_below(self.root), key=by_folder)
         if not self._paths:
             raise UserError(
                 f"no images in {self.root!r} (looked for {', '.join(EXTENSIONS)} in it and below); "
@@ -39,16 +40,9 @@ class Folder(Source):
         """The path of image `index` relative to the root, with `/` on every platform."""
         return self._paths[index]
 
-    def pixels(self, index: int) -> Pixels:
-        """Image `index`, upright and RGB, (H, W, 3) uint8; raises `UnreadableImage`."""
-        from firstsight.sources.decode import decode
-
-        try:
-            with open(os.path.join(self.root, self._paths[index]), "rb") as file:
-                data = file.read()
-        except OSError as error:
-            raise UnreadableImage(str(error)) from error
-        return decode(data)
+    def file_of(self, index: int) -> str:
+        """The file of image `index`."""
+        return os.path.join(self.root, self._paths[index])
 
 
 def _images_below(root: str) -> list[str]:
@@ -64,7 +58,7 @@ def _images_below(root: str) -> list[str]:
                 continue
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(absolute) as entries:
-                inside = [(entry.name, entry.is_dir(), entry.is_file()) for entry in entries]
+                inside = [(entry.name, *_kind(entry)) for entry in entries]
         except OSError as error:
             reason = error.strerror or error
             raise UserError(
@@ -80,3 +74,13 @@ def _images_below(root: str) -> list[str]:
                 found.append(path)
         todo.extend(sorted(below, reverse=True))  # popped in sorted order: the same link wins
     return found
+
+
+def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
+    """Whether an entry leads to a folder, and whether to a file."""
+    try:
+        return entry.is_dir(), entry.is_file()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # links in a circle lead nowhere, as broken ones do
+            return False, False
+        raise

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import os
 import struct
-import zipfile
 import zlib
+from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from firstsight.errors import UserError
-from firstsight.sources.base import Pixels, Source, UnreadableImage
-from firstsight.sources.paths import EXTENSIONS, class_folders, has_extension, is_image
+from firstsight.sources.base import Encoded, UnreadableImage
+from firstsight.sources.directory import FLAGS, METHOD, SIZE, read_directory
+from firstsight.sources.files import Opened
+from firstsight.sources.paths import EXTENSIONS, by_folder, class_folders, has_extension, is_image
 
 MAX_BYTES = 512 << 20
 """A member that declares more than this, packed or unpacked, is not read."""
 
 _LOCAL_HEADER = 30  # bytes before the name; the directory's copy of the extra field may differ
-_STORED, _DEFLATED, _ENCRYPTED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, 1
+_STORED, _DEFLATED, _ENCRYPTED = 0, 8, 1
 
 
-class Zip(Source):
+class Zip(Encoded):
     """The images of `NAME.zip`, never extracted.
 
     `NAME_map.txt` beside it, where it is there, says which images and in which order: path inside
@@ -35,8 +36,7 @@ class Zip(Source):
     Without a map, all images are taken, sorted by path, labelled by their folders where these spell
     classes (`class_folders`).
 
-    The directory of the archive is read once, here. Members are read with `pread`, which moves no
-    file position, so threads share a handle without a lock; each process opens its own.
+    The directory of the archive is read once, here.
 
     Raises `UserError` where the archive, a line of the map, or what both say together is wrong.
     """
@@ -44,112 +44,94 @@ class Zip(Source):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self.spec = self.path
-        self._handle: tuple[int, BinaryIO] | None = None
-        members = _directory(self.path)
-        beside = Path(self.path)
-        map_file = beside.with_name(f"{beside.stem}_map.txt")
+        members, table = read_directory(self.path)
+        self._file = Opened(self.path)
+        row_of = {name: row for row, name in enumerate(members)}
+        map_file = map_of(self.path)
         if map_file.exists():
-            self._names, numbers = _read_map(map_file, self.path, members)
-            self.classes, self.labels = _classes(numbers, beside.with_name("classes.txt"))
+            self._names, numbers = _read_map(map_file, self.path, row_of)
+            self.classes, self.labels = _classes(numbers, map_file.with_name("classes.txt"))
         else:
-            self._names = sorted(filter(is_image, members), key=lambda name: name.split("/"))
+            self._names = sorted(filter(is_image, row_of), key=by_folder)
             self.classes, self.labels = class_folders(self._names)
         if not self._names:
             raise UserError(
                 f"no images in {self.path!r} (looked for {', '.join(EXTENSIONS)}); "
                 "point --data at an archive that holds some"
             )
-        chosen = [members[name] for name in self._names]
-        for info in chosen:
-            _refuse_unreadable_kind(self.path, info)
-        # Plain numbers instead of ZipInfo objects: a million of these is what workers are sent.
-        self._entries = np.array(
-            [
-                (i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type)
-                for i in chosen
-            ],
-            np.int64,
-        )
+        # Plain numbers instead of objects: a million of these is what workers are sent.
+        self._entries = table[[row_of[name] for name in self._names]]
+        if not self._entries[:, SIZE].any():
+            raise UserError(
+                f"all {len(self)} images in {self.path!r} have zero bytes; make the archive again"
+            )
+        kinds = np.unique(self._entries[:, [METHOD, FLAGS]], axis=0, return_index=True)
+        for (method, flags), first in zip(kinds[0].tolist(), kinds[1].tolist(), strict=True):
+            if wrong := unreadable_kind(self.path, self._names[first], method, flags):
+                raise wrong
 
     def __len__(self) -> int:
         return len(self._names)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_handle": None}
 
     def identity(self, index: int) -> str:
         """The path of image `index` inside the archive."""
         return self._names[index]
 
-    def pixels(self, index: int) -> Pixels:
-        """Image `index`, upright and RGB, (H, W, 3) uint8; raises `UnreadableImage`."""
-        from firstsight.sources.decode import decode
+    def size(self, index: int) -> int:
+        """Bytes of image `index`, unpacked, as the archive declares them."""
+        return int(self._entries[index, SIZE])
 
-        return decode(self._read(index))
-
-    def _read(self, index: int) -> bytes:
-        offset, packed, size, checksum, method = self._entries[index].tolist()
-        if max(packed, size) > MAX_BYTES:
-            raise UnreadableImage(
-                f"declares {max(packed, size)} bytes; at most {MAX_BYTES} are read"
-            )
-        try:
-            file = self._open()
-            header = os.pread(file.fileno(), _LOCAL_HEADER, offset)
-            if header[:4] != b"PK\3\4" or len(header) < _LOCAL_HEADER:
-                raise UnreadableImage("the archive is damaged: no member where one should begin")
-            name_size, extra_size = struct.unpack("<HH", header[26:30])
-            start = offset + _LOCAL_HEADER + name_size + extra_size
-            data = os.pread(file.fileno(), packed, start)
-            if method == _DEFLATED:
-                # One byte more than declared is enough to see that the declaration was a lie.
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
-        except (OSError, zlib.error) as error:
-            raise UnreadableImage(str(error)) from error
-        if len(data) != size or zlib.crc32(data) != checksum:
-            raise UnreadableImage("the archive is damaged: a member differs from its checksum")
-        return data
-
-    def _open(self) -> BinaryIO:
-        # Two threads may both open it; the loser's file lives as long as its thread still reads.
-        if self._handle is None or self._handle[0] != os.getpid():
-            file = open(self.path, "rb")  # noqa: SIM115
-            self._handle = (os.getpid(), file)
-            return file
-        return self._handle[1]
+    def encoded(self, index: int) -> bytes:
+        """The file of image `index`, unpacked and checked; raises `UnreadableImage`."""
+        return member(self._file, self._entries[index])
 
 
-def _directory(path: str) -> dict[str, zipfile.ZipInfo]:
+def member(file: Opened, entry: NDArray[np.int64]) -> bytes:
+    """One member of an archive by its row of the directory; raises `UnreadableImage`."""
+    offset, packed, size, checksum, method, _ = entry.tolist()
+    if max(packed, size) > MAX_BYTES:
+        raise UnreadableImage(f"declares {max(packed, size)} bytes; at most {MAX_BYTES} are read")
     try:
-        with zipfile.ZipFile(path) as archive:
-            return {info.filename: info for info in archive.infolist() if not info.is_dir()}
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path!r} ({error.strerror or error}); point --data at a zip archive"
-        ) from error
-    # The last three are how zipfile stumbles over a directory of random bytes.
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-        raise UserError(
-            f"{path!r} is not a whole zip archive ({error}); copy it again, or point --data at one"
-        ) from error
+        header = file.read(_LOCAL_HEADER, offset)
+        if header[:4] != b"PK\3\4" or len(header) < _LOCAL_HEADER:
+            raise UnreadableImage("the archive is damaged: no member where one should begin")
+        name_size, extra_size = struct.unpack("<HH", header[26:30])
+        start = offset + _LOCAL_HEADER + name_size + extra_size
+        data = file.read(packed, start)
+        if method == _DEFLATED:
+            # One byte more than declared is enough to see that the declaration was a lie.
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+    except (OSError, zlib.error) as error:
+        raise UnreadableImage(str(error)) from error
+    if len(data) != size or zlib.crc32(data) != checksum:
+        raise UnreadableImage("the archive is damaged: a member differs from its checksum")
+    return data
 
 
-def _refuse_unreadable_kind(path: str, info: zipfile.ZipInfo) -> None:
-    if info.flag_bits & _ENCRYPTED:
-        raise UserError(
-            f"{info.filename!r} in {path!r} is encrypted; point --data at an archive that is not"
+def unreadable_kind(path: str, name: str, method: int, flags: int) -> UserError | None:
+    """Why members of this kind cannot be read, or None where they can."""
+    if flags & _ENCRYPTED:
+        return UserError(
+            f"{name!r} in {path!r} is encrypted; point --data at an archive that is not"
         )
-    if info.compress_type not in (_STORED, _DEFLATED):
-        raise UserError(
-            f"{info.filename!r} in {path!r} is packed by method {info.compress_type}, allowed are "
+    if method not in (_STORED, _DEFLATED):
+        return UserError(
+            f"{name!r} in {path!r} is packed by method {method}, allowed are "
             "0 (store) and 8 (deflate); repack it with zip -0 and point --data at that"
         )
+    return None
 
 
-def _read_map(
-    map_file: Path, archive: str, members: dict[str, zipfile.ZipInfo]
-) -> tuple[list[str], list[int]]:
-    """Paths and integers of the map in its order; each wrong line is a `UserError`."""
+def map_of(archive: str) -> Path:
+    """Where the map of an archive lies, if it has one."""
+    beside = Path(archive)
+    return beside.with_name(f"{beside.stem}_map.txt")
+
+
+def map_lines(
+    map_file: Path, archive: str, members: Container[str]
+) -> Iterator[tuple[str, int] | UserError]:
+    """Path and integer of each line of the map that is right, and an error for each that is not."""
     try:
         # Paths need not be UTF-8. Only \n ends a line here: splitlines would cut odd names.
         lines = map_file.read_bytes().decode("utf-8", "surrogateescape").split("\n")
@@ -158,46 +140,55 @@ def _read_map(
         raise UserError(f"cannot read {str(map_file)!r} ({reason}); make it readable") from error
     lines[0] = lines[0].removeprefix("\ufeff")
     first_line: dict[str, int] = {}
-    numbers: list[int] = []
 
     for count, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        where = f"{map_file}, line {count}"
         name, tab, text = line.rstrip("\r").rpartition("\t")
+        number = _integer(text)
+        wrong = ""
         if not tab:
-            raise UserError(
-                f"{where}: no TAB in {line.strip()!r}; each line is path, TAB, integer label"
-            )
-        try:
-            number = int(text)
-        except ValueError:
-            raise UserError(
-                f"{where}: the label {text!r} is not an integer; each line is path, TAB, "
-                "integer label"
-            ) from None
-        if not has_extension(name):
-            raise UserError(
-                f"{where}: {name!r} does not end like an image; allowed are {', '.join(EXTENSIONS)}"
-            )
-        if name not in members:
-            raise UserError(
-                f"{where}: {archive!r} holds no {name!r}; allowed are paths as unzip -l lists them"
-            )
-        if name in first_line:
-            raise UserError(
-                f"{where}: {name!r} is there twice, first in line {first_line[name]}; "
+            wrong = f"no TAB in {line.strip()!r}; each line is path, TAB, integer label"
+        elif number is None:
+            wrong = f"the label {text!r} is not an integer; each line is path, TAB, integer label"
+        elif not has_extension(name):
+            wrong = f"{name!r} does not end like an image; allowed are {', '.join(EXTENSIONS)}"
+        elif name not in members:
+            wrong = f"{archive!r} holds no {name!r}; allowed are paths as unzip -l lists them"
+        elif name in first_line:
+            wrong = (
+                f"{name!r} is there twice, first in line {first_line[name]}; "
                 "allowed is one line for each image"
             )
-        first_line[name] = count
-        numbers.append(number)
+        if wrong or number is None:
+            yield UserError(f"{map_file}, line {count}: {wrong}")
+        else:
+            first_line[name] = count
+            yield name, number
 
-    if not numbers:
-        raise UserError(
+    if not any(line.strip() for line in lines):
+        yield UserError(
             f"{str(map_file)!r} is empty; write path, TAB, integer label for each image, or remove "
             "the file to take all images of the archive"
         )
-    return list(first_line), numbers
+
+
+def _integer(text: str) -> int | None:
+    try:
+        return int(text)
+    except ValueError:
+        return None
+
+
+def _read_map(map_file: Path, archive: str, members: Container[str]) -> tuple[list[str], list[int]]:
+    """Paths and integers of the map in its order; the first wrong line is a `UserError`."""
+    names, numbers = [], []
+    for line in map_lines(map_file, archive, members):
+        if isinstance(line, UserError):
+            raise line
+        names.append(line[0])
+        numbers.append(line[1])
+    return names, numbers
 
 
 def _classes(numbers: list[int], names_file: Path) -> tuple[tuple[str, ...], NDArray[np.int64]]:

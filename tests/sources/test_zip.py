@@ -219,16 +219,16 @@ def test_one_object_in_several_threads_at_once(tmp_path):
 def test_each_process_opens_its_own_handle(train, monkeypatch):
     source = Zip(train)
     source.pixels(0)
-    inherited = source._handle[1]
+    inherited = source._file.opened()
     monkeypatch.setattr(module.os, "getpid", lambda: -1)
-    assert source._open() is not inherited
+    assert source._file.opened() is not inherited
 
 
 def test_pickles_small_and_without_its_handle(train):
     source = Zip(train)
     source.pixels(0)
     copy = pickle.loads(pickle.dumps(source))
-    assert copy._handle is None and copy.pixels(1)[0, 0, 0] == 1
+    assert copy._file._handle is None and copy.pixels(1)[0, 0, 0] == 1
     assert copy.fingerprint() == source.fingerprint()
 
 
