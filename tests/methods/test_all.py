@@ -121,6 +121,7 @@ def _gradients(name, folder, overrides, rank=0, world=1):
     torch.manual_seed(5)  # the engine seeds each step; rank 0 decides what ranks share
     loss = model(part).loss
     loss.backward()
+    method.after_step(0.5, 0.1)  # what ranks move together: centres
     grads = {k: p.grad for k, p in method.named_parameters() if p.grad is not None}
     buffers = {k: b for k, b in method.named_buffers() if "running" not in k and "batches" not in k}
     return distributed.mean(loss.detach()), grads, buffers
@@ -178,6 +179,7 @@ def test_chunks_of_a_batch_are_the_batch_unless_the_method_says_otherwise(
         method.double().eval()
         output = update.gradients(method, doubles, update.scaler(settings), settings)
         assert len(output.features) == 8 and not output.loss.requires_grad
+        method.after_step(0.5, 0.1)
         got = {key: p.grad for key, p in method.named_parameters() if p.grad is not None}
         output.scalars.pop("embedding_spread", None)  # of a chunk, like batch-norm's statistics
         return method, {
@@ -254,9 +256,11 @@ def test_a_resumed_run_ends_where_an_unbroken_run_ends(name, at, options, tmp_pa
 NOT_IN_A_MINUTE = {
     "barlow": "17.3 to 18.3 % in a minute: still to be examined",
     "byol": "17.3 to 17.9 % in a minute: still to be examined",
+    "dino": "not measured yet",
     "mocov1": "it first learns which keys are young, for some hundred steps",
     "mocov2": "it first learns which keys are young, for some hundred steps",
     "simsiam": "17.3 to 22.1 % in a minute, a gain of 4.8 where 5 are asked for",
+    "swav": "not measured yet",
     "vicreg": "not measured yet",
 }
 
