@@ -24,6 +24,10 @@ PUBLISHED = {
     "mocov2-pic-200ep": (200, 256, 0.03, 1e-4),
     "mocov2-cifar10": (200, 512, 0.06, 5e-4),
     "mocov2-cifar10-symmetric": (200, 512, 0.06, 5e-4),
+    "mocov3-100ep": (100, 4096, 9.6, 1e-6),
+    "mocov3-300ep": (300, 4096, 4.8, 1e-6),
+    "mocov3-1000ep": (1000, 4096, 4.8, 1.5e-6),
+    "mocov3-vits16-300ep": (300, 4096, 2.4e-3, 0.1),
     "simclr-100ep": (100, 4096, 4.8, 1e-6),
     "simclr-1000ep": (1000, 4096, 4.8, 1e-6),
     "simclr-pic-200ep": (200, 256, 0.3, 1e-6),
@@ -81,7 +85,8 @@ def test_a_recipe_trains_as_published(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_recipe_builds(name):
     recipe = recipes.read(name)
-    config = resolved(name, backbone=NETWORK, stem="standard")
+    network = "timm:test_vit" if "vit" in recipe.values["backbone"] else NETWORK
+    config = resolved(name, backbone=network, stem="standard")
     with torch.device("meta"):  # shapes without values: heads of hundreds of megabytes
         method = methods.build(recipe.method, config, 1000)
     for key, value in recipe.values["method"].items():

@@ -190,6 +190,43 @@ def drop_paths(backbone: Backbone, rate: float) -> None:
                 setattr(block, name, DropPath(share) if share else nn.Identity())
 
 
+def freeze_patches(backbone: Backbone) -> None:
+    """Keep the projection of a timm transformer's patches as it was drawn.
+
+    Its gradients come in spikes that make training unstable (Chen et al. 2021, section 4.1,
+    https://arxiv.org/abs/2104.02057). Raises `UserError` for a network without patches.
+    """
+    network = _with(backbone, "patch_embed", "--method.freeze-patches")
+    network.patch_embed.requires_grad_(False)
+
+
+@torch.no_grad()
+def fix_positions(backbone: Backbone) -> None:
+    """Give a timm transformer positions that stay: waves along the columns, then along the rows.
+
+    A quarter of the channels each are sines and cosines of x and of y at wavelengths from 2 pi to
+    10000 * 2 pi cells; tokens before the patches get zeros (Chen et al. 2021, appendix).
+    """
+    positions = _with(backbone, "pos_embed", "--method.fixed-positions").pos_embed  # (1, p + N, C)
+    prefix: int = getattr(backbone.get_submodule("network"), "num_prefix_tokens", 0)
+    side = round((positions.shape[1] - prefix) ** 0.5)
+    quarter = positions.shape[2] // 4
+    rates = 10000.0 ** (-torch.arange(quarter, device=positions.device) / quarter)
+    angles = torch.arange(side, device=positions.device)[:, None] * rates  # (side, C / 4)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, C / 2)
+    columns, rows = waves.repeat(side, 1), waves.repeat_interleave(side, dim=0)
+    positions.zero_()
+    positions[0, prefix:, : 4 * quarter] = torch.cat([columns, rows], dim=1)
+    positions.requires_grad_(False)
+
+
+def _with(backbone: Backbone, part: str, flag: str) -> Any:
+    network: Any = getattr(backbone, "network", None)
+    if getattr(network, part, None) is None:
+        raise UserError(f"{backbone.name} is no transformer that {flag} fits; leave it out")
+    return network
+
+
 @torch.no_grad()
 def refuse_sides(backbone: Backbone, sides: Iterable[int]) -> None:
     """Raise `UserError` where the network takes no images of one of these sides, in pixels."""

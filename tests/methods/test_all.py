@@ -259,6 +259,7 @@ NOT_IN_A_MINUTE = {
     "dino": "not measured yet",
     "mocov1": "it first learns which keys are young, for some hundred steps",
     "mocov2": "it first learns which keys are young, for some hundred steps",
+    "mocov3": "not measured yet",
     "simsiam": "17.3 to 22.1 % in a minute, a gain of 4.8 where 5 are asked for",
     "swav": "not measured yet",
     "vicreg": "not measured yet",
