@@ -126,10 +126,10 @@ class MoCoV3(Method):
     def forward(self, batch: Batch) -> Output:
         """The loss of two views, both directions; each view is a batch of its own."""
         features = [self.backbone(view) for view in batch.views]  # 2 x (B, C)
-        predicted = [self.predictor(self.projector(f)) for f in features]  # 2 x (B, D)
-        keys = [self.momentum_encoder(view) for view in batch.views]  # 2 x (B, D)
-        loss = mocov3_loss(*predicted, *keys, temperature=self.config.temperature)
-        similarity = F.cosine_similarity(full(predicted[0].detach()), full(keys[1]), dim=1)
+        first, second = [self.predictor(self.projector(f)) for f in features]  # (B, D) each
+        key, other = [self.momentum_encoder(view) for view in batch.views]  # (B, D) each
+        loss = mocov3_loss(first, second, key, other, self.config.temperature)
+        similarity = F.cosine_similarity(full(first.detach()), full(other), dim=1)
         return Output(loss, features[0].detach(), {"positive_similarity": similarity.mean()})
 
     def after_step(self, progress: float, lr: float) -> None:
