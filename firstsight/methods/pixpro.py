@@ -101,7 +101,7 @@ def propagated(cells: Tensor, said: Tensor, sharpness: float) -> Tensor:
         values = F.normalize(full(said), dim=1).flatten(2)
         weights = (unit.transpose(1, 2) @ unit).clamp_min(0)  # (B, S, S)
         if sharpness < 1:
-            weights = weights + 1e-6  # as the authors' code: the slope at 0 is infinite
+            weights = weights + 1e-6  # as the authors' code: unlike cells count a little
         mixed = values @ weights.pow(sharpness).transpose(1, 2)
         return F.normalize(mixed, dim=1).view_as(said)
 
