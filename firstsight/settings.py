@@ -240,7 +240,7 @@ def preset_views(name: str, size: int) -> Views:
     """The views of a preset; below SMALL pixels its small-image version, if it has one.
 
     Of a preset that names sizes, the first gives way to `size`, and the others keep their share of
-    it, to the next multiple of 16: patches of transformers must divide it.
+    it, rounded to a multiple of 16: patches of transformers must divide it.
     """
     if name not in PRESETS:
         raise unknown("preset of views", name, sorted(PRESETS))
