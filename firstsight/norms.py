@@ -103,7 +103,7 @@ def split_batch_norm(module: nn.Module, splits: int) -> None:
 
 
 @torch.no_grad()
-def among_others(encoder: nn.Module, images: Tensor, splits: int) -> Tensor:
+def among_others(encoder: Callable[[Tensor], Tensor], images: Tensor, splits: int) -> Tensor:
     """What `encoder` makes of `images` (B, ...), each in other company than it came with.
 
     On several ranks (or in `splits` parts of the batch) images are dealt out anew and the results

@@ -39,6 +39,7 @@ class Defaults:
     batch_size: int
     base_lr: float
     weight_decay: float
+    weight_decay_end: float | None = None
     warmup_epochs: float = 0
     optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
     lars: Lars = "barlow"
@@ -99,6 +100,8 @@ class Pretrain:
     """Peak learning rate per 256 images, used where --lr is not given."""
     weight_decay: float = 1e-4
     """Weight decay; decoupled for adamw."""
+    weight_decay_end: float | None = None
+    """Weight decay at the end, reached along half a cosine, as DINO does; None: it stays."""
     undecayed: tuple[Kind, ...] = ()
     """Parameters without weight decay: of norm layers, biases of others, all other vectors."""
     clip_norm: float = 0.0
@@ -202,6 +205,10 @@ class Pretrain:
                 raise UserError(f"{flag(name)} must not be below 0: {getattr(self, name)}")
         if self.batch_size < 2:
             raise UserError(f"--batch-size must be 2 or more, not {self.batch_size}")
+        if self.weight_decay_end is not None and not (self.weight_decay_end >= 0):
+            raise UserError(f"--weight-decay-end must not be below 0: {self.weight_decay_end}")
+        if self.weight_decay_end and not self.weight_decay:
+            raise UserError("--weight-decay-end needs a start above 0; use --weight-decay 0.001")
         if self.lr is not None and not self.lr > 0:
             raise UserError(f"--lr must be above 0, not {self.lr}")
         if self.workers < -1:
@@ -246,11 +253,19 @@ def plain(settings: Any) -> dict[str, Any]:
 
 
 def preset_views(name: str, size: int) -> Views:
-    """The views of a preset; below SMALL pixels its small-image version, if it has one."""
+    """The views of a preset; below SMALL pixels its small-image version, if it has one.
+
+    Of a preset that names sizes, the first gives way to `size`, and the others keep their share of
+    it, rounded to a multiple of 16: patches of transformers must divide it.
+    """
     if name not in PRESETS:
         raise unknown("preset of views", name, sorted(PRESETS))
     small = f"{name}-small"
-    return PRESETS[small] if size < SMALL and small in PRESETS else PRESETS[name]
+    views = PRESETS[small] if size < SMALL and small in PRESETS else PRESETS[name]
+    if not views.sizes:
+        return views
+    others = (max(1, round(side * size / views.sizes[0] / 16)) * 16 for side in views.sizes[1:])
+    return dataclasses.replace(views, sizes=(size, *others))
 
 
 def begun(defaults: Defaults, method_settings: Any, values: dict[str, Any], where: str) -> Pretrain:

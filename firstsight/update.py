@@ -59,6 +59,9 @@ def apply(
     on, as in the code of the papers that train so.
     """
     optim.set_rate(optimizer, lr)
+    if config.weight_decay_end is not None:
+        decay = optim.cosine(progress, config.weight_decay, config.weight_decay_end)
+        optim.set_decay(optimizer, decay)
     scaler.unscale_(optimizer)
     optim.clip(method.parameters(), config.clip_norm, config.clip_param)
     method.before_step(progress)

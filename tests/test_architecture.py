@@ -34,7 +34,7 @@ def test_from_the_command_to_the_loss_of_moco_v2_is_a_short_read():
     read = ["methods/mocov2.py", "methods/base.py", "engine.py", "update.py"]
     read += ["nets.py", "optim.py", "order.py"]
     lines = {name: len((PACKAGE / name).read_text().splitlines()) for name in read}
-    assert sum(lines.values()) <= 660, lines
+    assert sum(lines.values()) <= 675, lines
     assert lines["methods/mocov2.py"] <= 150
 
 
@@ -84,6 +84,14 @@ def test_presets_are_views_and_defaults_name_presets():
 def test_small_images_take_presets_without_blur():
     assert settings.preset_views("mocov2", 32).blur == (0.0,)
     assert settings.preset_views("mocov2", 64) == PRESETS["mocov2"]
+
+
+def test_sizes_of_a_preset_follow_the_first():
+    for size, local in ((224, 96), (32, 16), (64, 32), (112, 48), (160, 64)):
+        assert settings.preset_views("swav", size).sizes == (size, local)
+    _, defaults, own = methods.describe("dino")
+    begun = settings.begun(defaults, own, {"size": 64, "views": {"sizes": [64, 24]}}, "test")
+    assert begun.views.sizes == (64, 24)
 
 
 def test_short_runs_shorten_the_warm_up_with_them():

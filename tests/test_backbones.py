@@ -29,6 +29,18 @@ def test_a_backbone_states_its_width_and_stride(name, stem, width, stride):
     with torch.no_grad():
         assert backbone.feature_map(images).shape[-2:] == (64 // stride, 64 // stride)
         assert backbone(images).shape == backbone.features(images).shape == (2, width)
+        cells, pooled = backbone.map_and_features(images)
+        assert cells.shape[1] == backbone.map_width
+        assert torch.equal(cells, backbone.feature_map(images))
+        assert torch.equal(pooled, backbone(images))
+
+
+def test_views_that_a_network_cannot_take_are_refused_in_one_sentence():
+    backbone = backbones.build("timm:test_vit", size=32).train()
+    backbones.refuse_sides(backbone, {16, 48})
+    assert backbone.training
+    with pytest.raises(UserError, match=r"timm:test_vit takes no views of 24 pixels \(.*16"):
+        backbones.refuse_sides(backbone, {24})
 
 
 def test_a_resnet_is_torchvisions():

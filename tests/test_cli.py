@@ -45,7 +45,7 @@ def test_help_and_flags_come_without_torch():
     ("args", "said"),
     [
         (["pretrian"], "no command called 'pretrian' (did you mean 'pretrain'?)"),
-        (["pretrain", "mocov3x"], "no method called 'mocov3x' (did you mean 'mocov2'?)"),
+        (["pretrain", "mocov3x"], "no method called 'mocov3x' (did you mean 'mocov3'?)"),
         (["pretrain", "mocov2", "--data", "x", "--epohcs", "3"], "--epochs"),
         (["pretrain", "mocov2", "--data", "x", "--epochs", "many"], "many"),
         (["pretrain", "mocov2", "--data", "x", "--batch-size", "2.5"], "2.5"),

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from firstsight import lars, methods, optim
+from firstsight import lars, methods, optim, update
+from firstsight.errors import UserError
 from firstsight.schedule import Schedule
 from firstsight.settings import Lars as LarsName
 from firstsight.settings import begun
+from tests.tiny import config
 
 
 def waves(shape, phase):
@@ -291,3 +293,38 @@ def test_gradients_are_clipped_each_and_all_together():
     whole = math.sqrt(25 + 0.25 + 4)
     for a, b in zip(before, after, strict=True):
         torch.testing.assert_close(b, a / (whole + 1e-6))
+
+
+def test_weight_decay_moves_along_half_a_cosine_where_it_is_not_zero(tmp_path):
+    """Of DINO: .04 to .4; what does not decay at first never does."""
+    settings = config("dino", tmp_path, clip_param=0.0)
+    method = methods.build("dino", settings, 48)
+    optimizer, scaler = optim.of(method, settings), update.scaler(settings)
+    assert len(optimizer.param_groups) == 2
+    for progress in (0.0, 0.25, 0.5, 0.9):
+        method._said.append((torch.zeros(24), 1))
+        update.apply(method, optimizer, scaler, settings, progress, lr=0.0)
+        expected = 0.4 - 0.36 * (math.cos(math.pi * progress) + 1) / 2
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
+        assert decays == [pytest.approx(expected), 0.0]
+
+
+def test_weight_decay_stays_where_no_end_is_named(tmp_path):
+    settings = config("simclr", tmp_path)
+    method = methods.build("simclr", settings, 48)
+    optimizer = optim.of(method, settings)
+    before = [group["weight_decay"] for group in optimizer.param_groups]
+    update.apply(method, optimizer, update.scaler(settings), settings, 0.9, lr=0.0)
+    assert before == [group["weight_decay"] for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"weight_decay_end": -1.0}, "--weight-decay-end must not be below 0"),
+        ({"weight_decay_end": 0.1, "weight_decay": 0.0}, "needs a start above 0"),
+    ],
+)
+def test_impossible_ends_of_weight_decay_are_refused(values, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        config("simclr", tmp_path, **values)

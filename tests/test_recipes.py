@@ -35,6 +35,15 @@ PUBLISHED = {
     "pic-one-view-200ep": (200, 256, 0.03, 1e-4),
     "pic-sampled-200ep": (200, 256, 0.03, 1e-4),
     "pic-uncorrected-200ep": (200, 256, 0.03, 1e-4),
+    "densecl-200ep": (200, 256, 0.03, 1e-4),
+    "densecl-coco-800ep": (800, 256, 0.3, 1e-4),
+    "densecl-coco-1600ep": (1600, 256, 0.3, 1e-4),
+    "pixpro-100ep": (100, 1024, 4.0, 1e-5),
+    "pixpro-400ep": (400, 1024, 4.0, 1e-5),
+    "mocov3-100ep": (100, 4096, 9.6, 1e-6),
+    "mocov3-300ep": (300, 4096, 4.8, 1e-6),
+    "mocov3-1000ep": (1000, 4096, 4.8, 1.5e-6),
+    "mocov3-vits16-300ep": (300, 4096, 2.4e-3, 0.1),
     "simclr-100ep": (100, 4096, 4.8, 1e-6),
     "simclr-1000ep": (1000, 4096, 4.8, 1e-6),
     "simclr-pic-100ep": (100, 256, 0.3, 1e-6),
@@ -42,6 +51,16 @@ PUBLISHED = {
     "simclr-cifar10": (1000, 512, 2.0, 1e-4),
     "simsiam-100ep": (100, 512, 0.1, 1e-4),
     "vicreg-1000ep": (1000, 2048, 1.6, 1e-6),
+    "swav-100ep": (100, 4096, 4.8, 1e-6),
+    "swav-200ep": (200, 4096, 4.8, 1e-6),
+    "swav-400ep": (400, 4096, 4.8, 1e-6),
+    "swav-800ep": (800, 4096, 4.8, 1e-6),
+    "swav-200ep-batch256": (200, 256, 0.6, 1e-6),
+    "swav-400ep-batch256": (400, 256, 0.6, 1e-6),
+    "swav-400ep-pair": (400, 4096, 4.8, 1e-6),
+    "dino-vits16-100ep": (100, 512, 1e-3, 0.04),
+    "dino-vits16-300ep": (300, 1024, 2e-3, 0.04),
+    "dino-resnet50-100ep": (100, 512, 0.06, 1e-4),
     "barlow-cifar10-lightly": (200, 128, 0.06, 5e-4),
     "byol-cifar10-lightly": (200, 128, 0.06, 5e-4),
     "mocov2-cifar10-lightly": (200, 128, 0.06, 5e-4),
@@ -83,7 +102,8 @@ def test_a_recipe_trains_as_published(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_recipe_builds(name):
     recipe = recipes.read(name)
-    config = resolved(name, backbone=NETWORK, stem="standard")
+    network = "timm:test_vit" if "vit" in recipe.values["backbone"] else NETWORK
+    config = resolved(name, backbone=network, stem="standard")
     with torch.device("meta"):  # shapes without values: heads of hundreds of megabytes
         method = methods.build(recipe.method, config, 1000)
     for key, value in recipe.values["method"].items():
@@ -101,6 +121,32 @@ def test_a_recipe_tells_where_it_comes_from(name):
     assert {"paper", "command", "hardware", "published", "reproduced"} <= set(recipe.story)
     assert f"pretrain {recipe.method} --recipe {name} " in recipe.story["command"]
     assert {"epochs", "batch_size", "base_lr", "weight_decay", "warmup_epochs"} < set(recipe.values)
+
+
+def test_swav_trains_as_its_scripts_say():
+    """Rates of the first, the peak and the last step; one epoch of frozen prototypes; the queue."""
+    for epochs in (100, 200, 400, 800):
+        config = resolved(f"swav-{epochs}ep")
+        assert config.lr_start * config.peak_lr == pytest.approx(0.3)
+        assert config.lr_end * config.peak_lr == pytest.approx(0.0048)
+        assert config.method.freeze * epochs == pytest.approx(1)
+        assert config.views.sides(224) == (224,) * 2 + (96,) * 6 and config.method.queue_size == 0
+    for epochs in (200, 400):
+        config = resolved(f"swav-{epochs}ep-batch256")
+        assert config.lr_end * config.peak_lr == pytest.approx(0.0006)
+        assert config.method.queue_start * epochs == pytest.approx(15)
+        assert config.method.queue_size == 3840
+    assert resolved("swav-400ep-pair").views.scales == ((0.08, 1.0),) * 2
+
+
+def test_dino_trains_as_its_readme_says():
+    for name, epochs in (("vits16-100ep", 100), ("vits16-300ep", 300), ("resnet50-100ep", 100)):
+        config = resolved(f"dino-{name}")
+        assert config.lr_end * config.peak_lr == pytest.approx(1e-6, rel=1e-4)
+        assert config.method.freeze * epochs == pytest.approx(1, rel=1e-4)
+        assert config.clip_param == 3 and config.method.teacher_start == 0.04
+    assert resolved("dino-vits16-300ep").method.teacher_warmup * 300 == pytest.approx(30)
+    assert resolved("dino-resnet50-100ep").weight_decay_end == 1e-4
 
 
 def test_other_epochs_scale_the_warm_up():

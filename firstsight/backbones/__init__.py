@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ class Backbone(nn.Module, ABC):
     """First layers: standard or small."""
     width: int
     """C, the number of features."""
+    map_width: int
+    """Channels of the feature map: C, but for networks with a layer behind the pooling."""
     stride: int
     """Pixels of the image for each cell of the feature map, a side."""
 
@@ -35,6 +38,10 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (B, C) from images (B, 3, H, W)."""
+
+    def map_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The feature map (B, C, h, w) and pooled features (B, C): in one pass where it can be."""
+        return self.feature_map(images), self.features(images)
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features (B, C)."""
@@ -50,7 +57,7 @@ class ResNet(Backbone):
         super().__init__()
         self.name, self.stem = name, stem
         network = getattr(torchvision.models, name)(weights=None)
-        self.width = network.fc.in_features
+        self.width = self.map_width = network.fc.in_features
         for child, module in network.named_children():
             if child != "fc":
                 self.add_module(child, module)
@@ -72,6 +79,11 @@ class ResNet(Backbone):
     def features(self, images: Tensor) -> Tensor:
         """(B, C): the mean over the map."""
         return self.feature_map(images).mean(dim=(2, 3))
+
+    def map_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, h, w) and its mean (B, C)."""
+        cells = self.feature_map(images)
+        return cells, cells.mean(dim=(2, 3))
 
 
 def zero_residuals(backbone: Backbone) -> None:
@@ -106,7 +118,7 @@ class Timm(Backbone):
         with_small_maps(self)
         # what is pooled may be wider than the map: some have a layer between
         self.width = int(getattr(network, "head_hidden_size", None) or network.num_features)
-        self._cells = int(network.num_features)
+        self.map_width = int(network.num_features)
         self.stride = size // max(self._map_side(size), 1)
 
     @torch.no_grad()
@@ -120,18 +132,27 @@ class Timm(Backbone):
     def feature_map(self, images: Tensor) -> Tensor:
         """(B, C, h, w); of a transformer, its patch tokens laid out as a map."""
         network: Any = self.network
-        x: Tensor = network.forward_features(images)
-        if x.ndim == 3:  # tokens (B, prefix + h * w, C)
-            x = x[:, getattr(network, "num_prefix_tokens", 0) :]
-            side = round(x.shape[1] ** 0.5)
-            return x.transpose(1, 2).reshape(len(x), self._cells, side, side)
-        return x.permute(0, 3, 1, 2) if x.shape[1] != self._cells else x  # some are channels-last
+        return self._laid_out(network.forward_features(images))
 
     def features(self, images: Tensor) -> Tensor:
         """(B, C) as timm pools them for its classifier."""
         network: Any = self.network
         pooled: Tensor = network.forward_head(network.forward_features(images), pre_logits=True)
         return pooled
+
+    def map_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, h, w) and (B, C), each as above."""
+        network: Any = self.network
+        x: Tensor = network.forward_features(images)
+        return self._laid_out(x), network.forward_head(x, pre_logits=True)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        if x.ndim == 3:  # tokens (B, prefix + h * w, C)
+            x = x[:, getattr(self.network, "num_prefix_tokens", 0) :]
+            side = round(x.shape[1] ** 0.5)
+            return x.transpose(1, 2).reshape(len(x), self.map_width, side, side)
+        # some are channels-last
+        return x.permute(0, 3, 1, 2) if x.shape[1] != self.map_width else x
 
 
 def _near_timm(name: str) -> list[str]:
@@ -151,6 +172,74 @@ def build(name: str, stem: str = "standard", size: int = 224) -> Backbone:
     if name not in RESNETS:
         raise unknown("backbone", name, [*RESNETS, "timm:NAME"])
     return ResNet(name, stem)
+
+
+def drop_paths(backbone: Backbone, rate: float) -> None:
+    """Let a timm transformer leave out residual branches of single images while it trains.
+
+    The share rises linearly over its blocks, from 0 to `rate` (Huang et al. 2016,
+    https://arxiv.org/abs/1603.09382). Other networks stay as they are.
+    """
+    from timm.layers.drop import DropPath
+
+    blocks = getattr(getattr(backbone, "network", None), "blocks", ())
+    for number, block in enumerate(blocks):
+        share = rate * number / max(1, len(blocks) - 1)
+        for name in ("drop_path1", "drop_path2"):
+            if hasattr(block, name):
+                setattr(block, name, DropPath(share) if share else nn.Identity())
+
+
+def freeze_patches(backbone: Backbone) -> None:
+    """Keep the projection of a timm transformer's patches as it was drawn.
+
+    Its gradients come in spikes that make training unstable (Chen et al. 2021, section 4.1,
+    https://arxiv.org/abs/2104.02057). Raises `UserError` for a network without patches.
+    """
+    network = _with(backbone, "patch_embed", "--method.freeze-patches")
+    network.patch_embed.requires_grad_(False)
+
+
+@torch.no_grad()
+def fix_positions(backbone: Backbone) -> None:
+    """Give a timm transformer positions that stay: waves along the columns, then along the rows.
+
+    A quarter of the channels each are sines and cosines of x and of y at wavelengths from 2 pi to
+    10000 * 2 pi cells; tokens before the patches get zeros (Chen et al. 2021, appendix).
+    """
+    positions = _with(backbone, "pos_embed", "--method.fixed-positions").pos_embed  # (1, p + N, C)
+    prefix: int = getattr(backbone.get_submodule("network"), "num_prefix_tokens", 0)
+    side = round((positions.shape[1] - prefix) ** 0.5)
+    quarter = positions.shape[2] // 4
+    rates = 10000.0 ** (-torch.arange(quarter, device=positions.device) / quarter)
+    angles = torch.arange(side, device=positions.device)[:, None] * rates  # (side, C / 4)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, C / 2)
+    columns, rows = waves.repeat(side, 1), waves.repeat_interleave(side, dim=0)
+    positions.zero_()
+    positions[0, prefix:, : 4 * quarter] = torch.cat([columns, rows], dim=1)
+    positions.requires_grad_(False)
+
+
+def _with(backbone: Backbone, part: str, flag: str) -> Any:
+    network: Any = getattr(backbone, "network", None)
+    if getattr(network, part, None) is None:
+        raise UserError(f"{backbone.name} is no transformer that {flag} fits; leave it out")
+    return network
+
+
+@torch.no_grad()
+def refuse_sides(backbone: Backbone, sides: Iterable[int]) -> None:
+    """Raise `UserError` where the network takes no images of one of these sides, in pixels."""
+    training = backbone.training
+    for side in sides:
+        try:
+            backbone.eval()(torch.zeros(1, 3, side, side))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{backbone.name} takes no views of {side} pixels ({error}); "
+                "use other --views.sizes, a ResNet, or views of one size"
+            ) from None
+    backbone.train(training)
 
 
 def compile_all(module: nn.Module) -> None:

@@ -55,8 +55,15 @@ def build(name: str, config: Pretrain, images: int) -> Method:
             f"{name} takes two views of one size, not of {', '.join(map(str, sides))} pixels; "
             "use --views.counts 2 and at most one of --views.sizes"
         )
+    least = method_class.global_views
+    if sides[:least] != sides[:1] * least:
+        raise UserError(
+            f"{name} takes {least} or more views of the first size, not views of "
+            f"{', '.join(map(str, sides))} pixels; use --views.counts {least} 6 or another --preset"
+        )
     torch.manual_seed(config.seed)
     backbone = backbones.build(config.backbone, config.stem, config.size)
+    backbones.refuse_sides(backbone, set(sides) - {config.size})
     if config.init:
         checkpoint.start_backbone(backbone, config.init)  # before momentum encoders copy it
     method = method_class(settings_class(**shallow(config.method)), backbone, images)

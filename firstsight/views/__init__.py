@@ -192,6 +192,28 @@ PRESETS: Mapping[str, Views] = MappingProxyType(
         "pic-multicrop": replace(
             _PIC, counts=(1, 3), sizes=(160, 96), min_scale=(0.14, 0.08), max_scale=(1.0, 0.14)
         ),
+        # The deviation of red is that of the authors' code (.229 elsewhere).
+        "swav": Views(
+            counts=(2, 6),
+            sizes=(224, 96),
+            min_scale=(0.14, 0.05),
+            max_scale=(1.0, 0.14),
+            brightness=0.8,
+            contrast=0.8,
+            saturation=0.8,
+            hue=0.2,
+            std=(0.228, 0.224, 0.225),
+        ),
+        "dino": Views(
+            counts=(2, 8),
+            sizes=(224, 96),
+            min_scale=(0.4, 0.05),
+            max_scale=(1.0, 0.4),
+            interpolation="bicubic",
+            saturation=0.2,
+            blur=(1.0, 0.1, 0.5),
+            solarize=(0.0, 0.2, 0.0),
+        ),
         # Small images: the CIFAR-10 demo of MoCo, whose crops keep torchvision's default range.
         "mocov2-small": Views(min_scale=(0.08,), blur=(0.0,), mean=CIFAR_MEAN, std=CIFAR_STD),
         # The CIFAR-10 setting of SimCLR (appendix B.9): half the colour strength, no blur.

@@ -257,11 +257,16 @@ def test_a_resumed_run_ends_where_an_unbroken_run_ends(name, at, options, tmp_pa
 NOT_IN_A_MINUTE = {
     "barlow": "17.3 to 18.3 % in a minute: still to be examined",
     "byol": "17.3 to 17.9 % in a minute: still to be examined",
+    "densecl": "not measured yet",
+    "dino": "not measured yet",
     "instdisc": "not measured yet",
     "mocov1": "it first learns which keys are young, for some hundred steps",
     "mocov2": "it first learns which keys are young, for some hundred steps",
+    "mocov3": "not measured yet",
     "pic": "not measured yet",
+    "pixpro": "not measured yet",
     "simsiam": "17.3 to 22.1 % in a minute, a gain of 4.8 where 5 are asked for",
+    "swav": "not measured yet",
     "vicreg": "not measured yet",
 }
 

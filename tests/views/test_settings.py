@@ -57,7 +57,8 @@ def test_presets_are_those_of_the_papers():
         v = PRESETS[name]
         return v.jitter, v.brightness, v.contrast, v.saturation, v.hue
 
-    assert set(PRESETS) == {"mocov1", "mocov2", "simclr", "byol", "mocov2-small", "simclr-small"}
+    pairs = {"mocov1", "mocov2", "simclr", "byol", "mocov2-small", "simclr-small"}
+    assert set(PRESETS) == pairs | {"swav", "dino"}
     assert jitter("mocov1") == (1.0, 0.4, 0.4, 0.4, 0.4)
     assert jitter("mocov2") == (0.8, 0.4, 0.4, 0.4, 0.1)
     assert jitter("simclr") == (0.8, 0.8, 0.8, 0.8, 0.2)
@@ -71,6 +72,14 @@ def test_presets_are_those_of_the_papers():
         assert PRESETS[name].scales == ((0.08, 1.0),) * 2
     for name in ("simclr", "byol"):
         assert PRESETS[name].interpolation == "bicubic"
+    assert jitter("swav") == jitter("simclr") and jitter("dino") == jitter("byol")
+    swav, dino = PRESETS["swav"], PRESETS["dino"]
+    assert swav.sides(999) == (224,) * 2 + (96,) * 6
+    assert dino.sides(999) == (224,) * 2 + (96,) * 8
+    assert swav.scales == ((0.14, 1.0),) * 2 + ((0.05, 0.14),) * 6
+    assert dino.scales == ((0.4, 1.0),) * 2 + ((0.05, 0.4),) * 8
+    assert swav.blurs == (0.5,) * 8 and dino.blurs == (1.0, 0.1, *(0.5,) * 8)
+    assert dino.solarizes == (0.0, 0.2, *(0.0,) * 8) and dino.interpolation == "bicubic"
     assert replace(PRESETS["byol"], flip=0.0).blurs == (1.0, 0.1)
 
 
