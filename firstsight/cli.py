@@ -17,7 +17,9 @@ from rich.table import Table
 from firstsight import methods, recipes, settings
 from firstsight.errors import UserError, require_positive, unknown
 from firstsight.flags import config_file, flagged, parsed, peeked, taken
+from firstsight.localize import commands
 from firstsight.log import is_first
+from firstsight.settings import Common
 
 
 def pretrain(args: list[str]) -> None:
@@ -61,18 +63,6 @@ def show_recipes(args: list[str]) -> None:
         about = f"{recipe.name:<25} {recipe.summary}\n{recipe.method:>24}  {recipe.story['paper']}"
         print(recipe.text if args else about)
     _write_json(target, {r.name: {"method": r.method, **r.story, **r.values} for r in shown})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Common:
-    """What every command that computes can be told."""
-
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute."""
-    threads: int = 0
-    """CPU threads for arithmetic; 0: one for each core."""
-    seed: int = 0
-    """Decides everything that is random."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,6 +228,53 @@ READINGS: dict[str, Callable[[list[str], str | None], None]] = {
 }
 
 
+def localize(args: list[str]) -> None:
+    """Object boxes without learning: firstsight localize [CHECKPOINT] --data SOURCE --boxes FILE."""
+    target, args = taken(args, "--json")
+    asked = settings.shallow(parsed(commands.Localize, args, "localize"))
+
+    from firstsight.localize import run
+
+    if asked["snapshots"]:
+        _localize_snapshots(run, asked, target)
+        return
+    result = run(**asked)
+    _write_json(target, result)
+    if "corloc" in result:
+        of = f"{result['images']} images of {asked['data']}"
+        _table(f"CorLoc of {of}, percent", commands.COLUMNS, commands.score_rows(result))
+    _told(result, f"{result['images']} images, nothing to score by; --boxes says what is marked")
+
+
+def _localize_snapshots(
+    run: Callable[..., dict[str, Any]], asked: dict[str, Any], target: str | None
+) -> None:
+    from firstsight.evaluate import over_snapshots
+
+    spec = asked.pop("checkpoint")
+    results = over_snapshots(spec, "localize", lambda one: run(one, **asked | {"snapshots": False}))
+    rows = [[str(one["step"]), f"{one['corloc']['0.5']:.1f}"] for one in results]
+    _table("CorLoc .5 over the run, percent", ["step", asked["reading"]], rows)
+    _write_json(target, results)
+
+
+def masks(args: list[str]) -> None:
+    """Foreground grids for background merging: firstsight masks --data SOURCE --out FILE.json."""
+    target, args = taken(args, "--json")
+    asked = settings.shallow(parsed(commands.Masks, args, "masks"))
+
+    from firstsight.localize import masks
+
+    result = masks(**asked)
+    shares = [[f"{100 * share:.0f}" for share in row] for row in result["foreground"]]
+    title = f"{result['out']}: percent of {result['images']} images in which a cell is foreground"
+    _show(title, [""] * len(shares), shares, result, target)
+    print(
+        f"entropy {result['entropy']:.3f} bits a cell (0: one mask for all images), "
+        f"constant cells {100 * result['constant_cells']:.0f} %"
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SortImagenetVal:
     """Sort ILSVRC's validation images into folders of their classes; goes on where it stopped."""
@@ -317,6 +354,8 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "pretrain": pretrain,
     "recipes": show_recipes,
     "evaluate": evaluate,
+    "localize": localize,
+    "masks": masks,
     "data": data,
     "report": report,
 }
@@ -407,6 +446,14 @@ def _show(
     """Print a result as a table with its protocol, and write it as JSON where asked."""
     _write_json(target, result)  # first: who prints into `head` has it all the same
     _table(title, columns, rows)
+    protocol = ", ".join(f"{key} {value}" for key, value in result["protocol"].items())
+    Console().print(f"protocol: {protocol}", markup=False, highlight=False)
+
+
+def _told(result: dict[str, Any], otherwise: str) -> None:
+    """What a reader of a result has to know, and its protocol."""
+    for note in result["notes"] if "corloc" in result else [*result["notes"], otherwise]:
+        print(note)
     protocol = ", ".join(f"{key} {value}" for key, value in result["protocol"].items())
     Console().print(f"protocol: {protocol}", markup=False, highlight=False)
 
