@@ -229,7 +229,7 @@ READINGS: dict[str, Callable[[list[str], str | None], None]] = {
 
 
 def localize(args: list[str]) -> None:
-    """Object boxes without learning: firstsight localize [CHECKPOINT] --data SOURCE --boxes FILE."""
+    """Object boxes by activation: firstsight localize [CHECKPOINT] --data SOURCE --boxes FILE."""
     target, args = taken(args, "--json")
     asked = settings.shallow(parsed(commands.Localize, args, "localize"))
 

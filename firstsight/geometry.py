@@ -38,9 +38,8 @@ def object_cells(
 
     Above is strictly above; `threshold` is "mean", "percentile:P" or a number. Cells connect over
     edges, with `connectivity` 8 over corners too. Of components of one size the first counts, in
-    the order of rows. Sums are taken in float64. A map that is flat, or holds NaN or infinity, shows
-    nothing.
-    Raises `UserError` for other thresholds and connectivities.
+    the order of rows. Sums are taken in float64. There is none in a map that is flat, or holds NaN
+    or infinity. Raises `UserError` for other thresholds and connectivities.
     """
     if connectivity not in (4, 8):
         raise UserError(f"--connectivity is 4 or 8, not {connectivity}")

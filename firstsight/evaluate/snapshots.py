@@ -16,8 +16,9 @@ def over_snapshots(
     """What `read` says of every snapshot of a run, in the order of their steps.
 
     Each is the reading's own result with its `step` and, of accuracies, the `top1` that a curve
-    shows; of boxes it shows the CorLoc at .5. They are kept in RUN/readings/NAME.json, which the report draws. A snapshot is a
-    CHECKPOINT: `read` gets its path. Raises `UserError` where there is none.
+    shows; of boxes it shows the CorLoc at .5. They are kept in RUN/readings/NAME.json, which the
+    report draws. A snapshot is a CHECKPOINT: `read` gets its path. Raises `UserError` where there
+    is none.
     """
     found = sorted((Path(run) / "snapshots").glob("step-*.safetensors"))
     if not found:

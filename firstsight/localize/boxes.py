@@ -92,7 +92,9 @@ def read_boxes(path: str) -> Manifest:
             manifest = _csv(where)
     except (OSError, ValueError, KeyError, TypeError, ElementTree.ParseError, csv.Error) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"cannot read boxes from {path} ({reason}); it should be {_KINDS}") from None
+        raise UserError(
+            f"cannot read boxes from {path} ({reason}); it should be {_KINDS}"
+        ) from None
     if not manifest.images:
         raise UserError(f"{path} marks no image; it should be {_KINDS}")
     return manifest

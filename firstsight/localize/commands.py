@@ -17,7 +17,7 @@ class Network(Common):
     """Which network is read, what is changed in it, and what it sees."""
 
     checkpoint: tyro.conf.Positional[str] = "random:resnet50"
-    """CHECKPOINT: random:NAME is untrained, drawn by --seed; or a run folder, a file of ours, ..."""
+    """CHECKPOINT: random:NAME (untrained, drawn by --seed), a run folder, a file of ours, ..."""
     data: str
     """SOURCE of the images."""
     stages: int | None = None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Eye:
     @torch.no_grad()
     def cells(self, pixels: Tensor) -> Tensor:
         """(B, C, h, w) feature maps of uint8 images (B, 3, H, W)."""
-        with cast_to(self.reader.precision, self.device), _small_maps(self.backbone.name):
+        with cast_to(self.reader.precision, self.device), _large_enough(self.backbone.name):
             return self.features(self._normal(pixels))
 
     @torch.no_grad()
@@ -64,7 +64,7 @@ class Eye:
     def learn(self, batches: Iterable[Tensor], total: int) -> None:
         """Find the principal component of uint8 images, which `maps` then reads."""
         made = (self._normal(pixels) for pixels in batches)
-        with cast_to(self.reader.precision, self.device), _small_maps(self.backbone.name):
+        with cast_to(self.reader.precision, self.device), _large_enough(self.backbone.name):
             self.maps = activation.principal(self.features, made, total)
 
     def _normal(self, pixels: Tensor) -> Tensor:
@@ -72,28 +72,23 @@ class Eye:
         return normalised(pixels.to(self.device), self.reader.mean, self.reader.std, layout)
 
     def _read(self, images: Tensor, classes: Tensor | None) -> Tensor:
-        with cast_to(self.reader.precision, self.device), _small_maps(self.backbone.name):
+        with cast_to(self.reader.precision, self.device), _large_enough(self.backbone.name):
             return self.maps(images, classes).cpu()
 
 
-class _small_maps:  # noqa: N801  a context, used like a function
+@contextmanager
+def _large_enough(name: str) -> Iterator[None]:
     """Says in one sentence what torch says of maps too small to mirror or to normalise."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
         text = str(error)
-        if isinstance(error, RuntimeError | ValueError) and (
-            "Padding size" in text or "spatial element" in text or "Output size is too small" in text
-        ):
-            raise UserError(
-                f"maps of {self._name} get too small for this ({text.splitlines()[0][:80]}); "
-                "use a larger --input-size, fewer --stages, or --padding zeros --bn eval"
-            ) from None
+        if not any(part in text for part in ("Padding size", "spatial element", "too small")):
+            raise
+        raise UserError(
+            f"maps of {name} get too small for this ({text.splitlines()[0][:80]}); use a larger "
+            "--input-size, fewer --stages, or --padding zeros --bn eval"
+        ) from None
 
 
 def open_eye(

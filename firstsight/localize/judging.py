@@ -44,7 +44,9 @@ def marks(truth: Truth, source: Source, found: Found, compat: bool) -> Marks:
     """What is scored: images with at least one box; published code also counts those without."""
     counts = dict.fromkeys(("without_boxes", "outside_boxes"), 0) | truth.counts
     counts.setdefault("degenerate_boxes", 0)
-    rows, boxes, cases = [], [], []
+    rows: list[int] = []
+    boxes: list[Boxes] = []
+    cases: list[tuple[int, int, Boxes]] = []
     numbers: dict[str, int] = {}
     own = truth.classes(source)
     for row, (i, width, height) in enumerate(found.shapes.tolist()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ def redraw(backbone: Backbone, init: str, activation: str = "own") -> None:
     if init == "own":
         return
     kind, _, text = init.partition(":")
-    gain = "tanh" if activation in ("atan", "tanh") else "relu"
+    gain: Literal["tanh", "relu"] = "tanh" if activation in ("atan", "tanh") else "relu"
     for layer in backbone.modules():
         if not isinstance(layer, nn.Conv2d | nn.Linear):
             continue

@@ -14,7 +14,7 @@ from firstsight import checkpoint, distributed, keyed
 from firstsight.errors import UserError
 from firstsight.geometry import percentile
 from firstsight.localize import network, pictures
-from firstsight.localize.commands import Localize
+from firstsight.localize.commands import NAMES, Localize
 from firstsight.localize.eyes import POSITIVE, Eye, open_eye
 from firstsight.localize.judging import judge, marks
 from firstsight.localize.reading import Boxer, Found, find, seen
@@ -71,7 +71,7 @@ def localized(ask: Localize) -> dict[str, Any]:
     result |= _counted(found, len(index), divide, result.get("controls"))
     result["notes"] = _notes(result, len(found))
     if distributed.rank() == 0:
-        _keep(ask, eyes[0], source, truth, found[0], boxer, result)
+        _keep(ask, eyes[0], source, truth, found[0], known)
     result["seconds"] = round(time.perf_counter() - began, 1)
     return result
 
@@ -155,9 +155,7 @@ def _notes(result: dict[str, Any], networks: int) -> list[str]:
 
 
 def _verdict(explained: dict[str, Any]) -> str:
-    from firstsight.localize.commands import NAMES
-
-    name, low, high = NAMES[explained["best_control"]], *explained["interval"]
+    name, (low, high) = NAMES[explained["best_control"]], explained["interval"]
     beaten = "it sees more than that" if low > 0 else "nothing shows that it sees more than that"
     share = "" if explained["share"] is None else f", {100 * explained['share']:.0f} % of it"
     return (
@@ -172,8 +170,7 @@ def _keep(
     source: Source,
     truth: Truth | None,
     found: Found,
-    boxer: Boxer,
-    result: dict[str, Any],
+    known: NDArray[np.int64] | None,
 ) -> None:
     """Boxes and pictures, where they were asked for; pictures of a run into its report."""
     folders = [Path(ask.out)] if ask.out else []
@@ -182,7 +179,7 @@ def _keep(
         folders.append(of_run)
     if not folders:
         return
-    sheet, caption = pictures.sheet(eye, source, truth, found, boxer, ask)
+    sheet, caption = pictures.sheet(eye, source, truth, found, known, ask)
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from numpy.typing import ArrayLike
+import torch
+from numpy.typing import ArrayLike, NDArray
 
 from firstsight import checkpoint
 from firstsight.localize import published
 from firstsight.localize.commands import Localize
 from firstsight.localize.eyes import Eye
-from firstsight.localize.reading import Boxer, Found, seen
+from firstsight.localize.reading import Found, seen
 from firstsight.localize.truth import Truth, placed
 from firstsight.pictures import spread, write_png
 from firstsight.sources.base import Pixels, Source
@@ -40,24 +41,34 @@ def heat_map(pixels: Pixels, values: ArrayLike) -> Pixels:
 def boxed(pixels: Pixels, box: ArrayLike, colour: tuple[int, int, int]) -> Pixels:
     """The image with a frame of two pixels just inside a box (x1, y1, x2, y2)."""
     x1, y1, x2, y2 = (round(float(v)) for v in np.asarray(box))
-    picture = pixels.copy()
+    picture: Pixels = pixels.copy()
     cv2.rectangle(picture, (x1, y1), (max(x2 - 1, x1), max(y2 - 1, y1)), colour, 2)
     return picture
 
 
 def sheet(
-    eye: Eye, source: Source, truth: Truth | None, found: Found, boxer: Boxer, ask: Localize
+    eye: Eye,
+    source: Source,
+    truth: Truth | None,
+    found: Found,
+    known: NDArray[np.int64] | None,
+    ask: Localize,
 ) -> tuple[Pixels, str]:
-    """A sheet of some images (of different classes, fixed by seed), and what it shows."""
+    """A sheet of some images (of different classes, fixed by seed), and what it shows.
+
+    `known` (len(source),) are the classes that class activation maps are read for.
+    """
     among = dict(zip(found.shapes[:, 0].tolist(), range(len(found.shapes)), strict=True))
     chosen = [i for i in spread(source, len(source), ask.seed).tolist() if i in among][:COUNT]
     tiles = []
     for pixels, told in seen(eye, source, np.sort(np.array(chosen, np.int64))):
-        maps = eye.see(pixels)
+        classes = None if known is None else torch.from_numpy(known)[told[:, 0]]
+        maps = eye.see(pixels, classes)
         for image, values, (i, width, height) in zip(pixels, maps, told.tolist(), strict=True):
             plain = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-            tiles.append(_tile(plain, values.numpy(), found.boxes[among[i], 0], _marked(
-                truth, i, width, height, found.size), found.size))
+            boxes = _marked(truth, i, width, height, found.size)
+            own = found.boxes[among[i], 0]
+            tiles.append(_tile(plain, values.numpy(), own, boxes, found.size))
     wide = 2 * _SIDE + 2 * _GAP
     rows = -(-len(tiles) // _PAIRS)
     canvas = np.full((rows * (_SIDE + _GAP), _PAIRS * (wide + _GAP), 3), 255, np.uint8)
@@ -66,7 +77,10 @@ def sheet(
         canvas[top : top + _SIDE, left : left + tile.shape[1]] = tile
     caption = f"Images of {source.spec} with the box found (green)"
     caption += ", the boxes marked (red)" if truth is not None else ""
-    return canvas, f"{caption} and the map, {ask.reading} of {eye.backbone.name}, red where highest."
+    return (
+        canvas,
+        f"{caption} and the map, {ask.reading} of {eye.backbone.name}, red where highest.",
+    )
 
 
 def _marked(truth: Truth | None, i: int, width: int, height: int, size: int) -> ArrayLike:

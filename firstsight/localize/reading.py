@@ -103,9 +103,7 @@ def find(
     return [_found(eye, boxer, shapes, found) for eye, found in zip(eyes, rows, strict=True)]
 
 
-def seen(
-    eye: Eye, source: Source, index: NDArray[np.int64]
-) -> Iterator[tuple[Tensor, Tensor]]:
+def seen(eye: Eye, source: Source, index: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
     """The images at `index` as a network is shown them, in batches, and (B', 3) which they are."""
     how = eye.reader
     return squares(source, index, how.size, how.batch_size, how.workers, how.interpolation)

@@ -23,7 +23,7 @@ def best_overlaps(boxes: NDArray[np.float64], truths: NDArray[np.float64]) -> Ov
     """(K,) for each of K boxes (K, 4) its best IoU with the marked ones (n, 4); 0 where n is 0."""
     if len(truths) == 0:
         return np.zeros(len(boxes))
-    return iou(boxes[:, None], truths[None]).max(axis=1)
+    return np.asarray(iou(boxes[:, None], truths[None]).max(axis=1))
 
 
 def corloc(overlaps: Overlaps, level: float) -> float:
@@ -57,9 +57,7 @@ def interval(values: NDArray[np.float64], seed: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def figures(
-    overlaps: Overlaps, of_classes: Overlaps, classes: NDArray[np.int64]
-) -> dict[str, Any]:
+def figures(overlaps: Overlaps, of_classes: Overlaps, classes: NDArray[np.int64]) -> dict[str, Any]:
     """CorLoc over images and over classes at every level, and the mean IoU, of one network.
 
     `overlaps` are (N,) one for each image; `of_classes` (M,) one for each class in each image.

@@ -145,7 +145,7 @@ def placed(
         boxes = scaled_as_published(boxes, width, height, size, kind)
         return Placed(boxes, marked.names, 0, 0)
     cut = boxes.clip(0, np.array([width, height, width, height], np.float64))
-    there = (cut[:, 2:] > cut[:, :2]).all(axis=1)
+    there = np.asarray((cut[:, 2:] > cut[:, :2]).all(axis=1))
     outside = int((cut != boxes).any(axis=1).sum())
-    names = [name for name, kept in zip(marked.names, there, strict=True) if kept]
+    names = [name for name, kept in zip(marked.names, there.tolist(), strict=True) if kept]
     return Placed(scaled(cut[there], width, height, size), names, outside, int((~there).sum()))
