@@ -37,6 +37,8 @@ SMALLER = {
     "--precision fp32 --layout contiguous --device cpu --probe-readings 1 --warmup-epochs 0",
     "demo": "--epochs 0.4 --threads 1 --device cpu",
     "evaluate": "--threads 1 --device cpu",
+    "localize": "--input-size 64 --threads 1 --device cpu",
+    "masks": "--input-size 64 --threads 1 --device cpu",
 }
 PLACEHOLDERS = {"RUN": "runs/simclr-001", "SEED": "0"}
 NEEDS_MORE = re.compile(r"^torchrun|--device (cuda|mps)|--compile|torchvision:")
@@ -77,7 +79,7 @@ def arguments(words):
     ("page", "words"), ALL, ids=[f"{page.stem}-{' '.join(words)[:60]}" for page, words in ALL]
 )
 def test_every_command_of_the_docs_is_understood(page, words, monkeypatch, capsys):
-    from firstsight import evaluate, report, run
+    from firstsight import evaluate, localize, report, run
 
     def reached(*_, **__):
         raise Reached
@@ -85,6 +87,7 @@ def test_every_command_of_the_docs_is_understood(page, words, monkeypatch, capsy
     for module, names in {
         run: ("pretrain", "dry_run", "demo"),
         evaluate: ("knn", "linear", "over_snapshots"),
+        localize: ("run", "masks"),
         report: ("write_report",),
     }.items():
         for name in names:

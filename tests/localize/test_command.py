@@ -107,7 +107,9 @@ def test_bad_images_and_bad_boxes_are_counted_not_silent(photographs):
     assert result["annotated_elsewhere"] == 1
     assert len(result["notes"]) == 5
     flat = run(NETWORK, **asked, **ASKED, padding="replicate")
-    assert flat["images"] == 7
+    assert (
+        flat["images"] == 7 and flat["fallbacks"] == 1 and flat["non_finite"] == 0
+    )  # the grey one
 
 
 def test_what_a_user_can_mend_is_one_sentence(photographs, capsys):
@@ -135,10 +137,22 @@ def test_a_run_is_read_over_its_snapshots_and_its_report_shows_it(tmp_path, monk
     text = "pretrain simclr --data scenes:train@16 --backbone timm:test_resnet --size 64 --epochs 2"
     text += " --batch-size 8 --out run --workers 0 --threads 1 --precision fp32 --device cpu"
     cli.main([*text.split(), "--layout", "contiguous", "--probe", "none", "--warmup-epochs", "0"])
-    cli.main("localize run --data scenes:test@8 --snapshots --device cpu --threads 1".split())
+    cli.main(
+        [
+            "localize",
+            "run",
+            "--data",
+            "scenes:test@8",
+            "--snapshots",
+            "--device",
+            "cpu",
+            "--threads",
+            "1",
+        ]
+    )
     kept = json.loads((tmp_path / "run/readings/localize.json").read_text())
     assert kept[0]["step"] < kept[-1]["step"] and "noise" in kept[0]["controls"]
-    cli.main("localize run --data scenes:test@8 --device cpu --threads 1".split())
-    cli.main("report run --out report.html".split())
+    cli.main(["localize", "run", "--data", "scenes:test@8", "--device", "cpu", "--threads", "1"])
+    cli.main(["report", "run", "--out", "report.html"])
     page = (tmp_path / "report.html").read_text()
     assert "CorLoc .5, as localize.json" in page and "with the box found (green)" in page

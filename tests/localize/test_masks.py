@@ -94,7 +94,7 @@ def test_the_published_layout_is_flat_and_is_read_too(photographs, tmp_path):
     result = masks(**asked)
     assert result["layout"] == "published" and result["protocol"]["last_stride"] == 2
     held = json.loads(out.read_text())
-    assert list(held)[0] == "cats/0.png" and np.shape(held["cats/0.png"]) == (4, 4)
+    assert next(iter(held)) == "cats/0.png" and np.shape(held["cats/0.png"]) == (4, 4)
     grids, meta = read_masks(out)
     assert meta == {} and grids["dogs/2.png"].tolist() == held["dogs/2.png"]
     with pytest.raises(UserError, match="use --grid 4, or leave out --compat"):

@@ -112,9 +112,7 @@ def test_overlap_by_counting_pixels():
     generator = np.random.default_rng(2)
     for _ in range(50):
         a, b = (np.sort(generator.integers(0, 12, (2, 2)), axis=0).ravel() for _ in range(2))
-        one, two = (
-            {(x, y) for x in range(c[0], c[2]) for y in range(c[1], c[3])} for c in (a, b)
-        )
+        one, two = ({(x, y) for x in range(c[0], c[2]) for y in range(c[1], c[3])} for c in (a, b))
         union = len(one | two)
         assert iou(a, b) == pytest.approx(len(one & two) / union if union else 0)
     assert iou((0, 0, 10, 10), (20, 20, 30, 30)) == 0

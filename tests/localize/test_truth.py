@@ -139,7 +139,7 @@ def test_images_find_their_boxes_by_the_end_of_their_path():
     assert match(["train/n1/a.JPEG"], keys, "tiny") == {0: keys[0]}
     assert match(["n1/a.JPEG", "n2/zz.JPEG"], keys, "tiny/val") == {0: keys[1]}
     assert match(["JPEGImages/000012.jpg"], ["Annotations/000012"], "VOC") == {0: keys_of("000012")}
-    with pytest.raises(UserError, match="may be train/n1/a.JPEG or val/n1/a.JPEG"):
+    with pytest.raises(UserError, match=r"may be train/n1/a\.JPEG or val/n1/a\.JPEG"):
         match(["n1/a.JPEG"], keys, "elsewhere")
 
 
@@ -152,7 +152,7 @@ def test_annotations_of_other_images_are_refused_and_counted(tmp_path):
     file.write_text("path,x1,y1,x2,y2\na.png,1,1,5,5\nz.png,1,1,5,5\n")
     truth = truth_of(Named(["a.png", "b.png"]), str(file))
     assert list(truth.marked) == [0] and truth.counts["annotated_elsewhere"] == 1
-    with pytest.raises(UserError, match="marks no image of photos: it begins with a.png"):
+    with pytest.raises(UserError, match=r"marks no image of photos: it begins with a\.png"):
         truth_of(Named(["c.png"]), str(file))
     assert truth_of(Named(["c.png"]), "") is None
 
