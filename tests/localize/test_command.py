@@ -137,22 +137,11 @@ def test_a_run_is_read_over_its_snapshots_and_its_report_shows_it(tmp_path, monk
     text = "pretrain simclr --data scenes:train@16 --backbone timm:test_resnet --size 64 --epochs 2"
     text += " --batch-size 8 --out run --workers 0 --threads 1 --precision fp32 --device cpu"
     cli.main([*text.split(), "--layout", "contiguous", "--probe", "none", "--warmup-epochs", "0"])
-    cli.main(
-        [
-            "localize",
-            "run",
-            "--data",
-            "scenes:test@8",
-            "--snapshots",
-            "--device",
-            "cpu",
-            "--threads",
-            "1",
-        ]
-    )
+    args = ["localize", "run", "--data", "scenes:test@8", "--device", "cpu", "--threads", "1"]
+    cli.main([*args, "--snapshots"])
     kept = json.loads((tmp_path / "run/readings/localize.json").read_text())
     assert kept[0]["step"] < kept[-1]["step"] and "noise" in kept[0]["controls"]
-    cli.main(["localize", "run", "--data", "scenes:test@8", "--device", "cpu", "--threads", "1"])
+    cli.main(args)
     cli.main(["report", "run", "--out", "report.html"])
     page = (tmp_path / "report.html").read_text()
     assert "CorLoc .5, as localize.json" in page and "with the box found (green)" in page
