@@ -251,8 +251,15 @@ def _localize_snapshots(
 ) -> None:
     from firstsight.evaluate import over_snapshots
 
-    spec = asked.pop("checkpoint")
-    results = over_snapshots(spec, "localize", lambda one: run(one, **asked | {"snapshots": False}))
+    spec, asked["snapshots"] = asked.pop("checkpoint"), False
+
+    def read(snapshot: str) -> dict[str, Any]:
+        result = run(snapshot, **asked)
+        if "corloc" not in result:
+            raise UserError("--snapshots draws a curve of scores; --boxes says what is marked")
+        return result
+
+    results = over_snapshots(spec, "localize", read)
     rows = [[str(one["step"]), f"{one['corloc']['0.5']:.1f}"] for one in results]
     _table("CorLoc .5 over the run, percent", ["step", asked["reading"]], rows)
     _write_json(target, results)

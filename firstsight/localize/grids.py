@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from firstsight.localize import published
 from firstsight.localize.activation import activation_sum
 from firstsight.localize.commands import Masks
 from firstsight.localize.eyes import Eye, open_eye
-from firstsight.localize.network import weights_hash
+from firstsight.localize.network import last_stride, weights_hash
 from firstsight.localize.reading import seen
 from firstsight.log import Meter
 from firstsight.sources import fetch, open_source
@@ -41,8 +42,8 @@ def masks(checkpoint: str = "random:resnet50", **settings: Any) -> dict[str, Any
     if ask.download:
         fetch(ask.data)
     source = open_source(ask.data)
-    if ask.compat and not ask.last_stride:
-        ask = _stock(ask)
+    if ask.compat and last_stride(ask.checkpoint, ask.last_stride) != ask.last_stride:
+        ask = dataclasses.replace(ask, last_stride=2)  # the published masks are of a stock ResNet
     eye = open_eye(ask, ask.seed, where)
     grids, unreadable = make_grids(source, eye, ask.grid, ask.compat)
     meta = _meta(ask, eye)
@@ -63,14 +64,6 @@ def masks(checkpoint: str = "random:resnet50", **settings: Any) -> dict[str, Any
         "foreground": shares.tolist(),
         "seconds": round(time.perf_counter() - began, 1),
     }
-
-
-def _stock(ask: Masks) -> Masks:
-    """The published masks are of a ResNet as torchvision has it."""
-    import dataclasses
-
-    is_resnet = ask.checkpoint.startswith("random:resnet")
-    return dataclasses.replace(ask, last_stride=2) if is_resnet else ask
 
 
 def make_grids(
@@ -150,7 +143,7 @@ def _meta(ask: Masks, eye: Eye) -> dict[str, Any]:
         "weights_sha256": weights_hash(eye.backbone),
         "init": ask.init,
         "activation": ask.activation,
-        "last_stride": ask.last_stride,
+        "last_stride": last_stride(ask.checkpoint, ask.last_stride) or "own",
         "stages": "all" if eye.stages is None else eye.stages,
         "bn": ask.bn,
         "padding": ask.padding,

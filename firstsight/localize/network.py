@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from firstsight import backbones, checkpoint
-from firstsight.backbones import Backbone, ResNet, Timm
+from firstsight.backbones import Backbone, Timm
 from firstsight.errors import UserError
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -68,13 +68,18 @@ def load(spec: str, seed: int, size: int, changes: Changes) -> tuple[Backbone, d
             backbone = backbones.build(name, size=size)
             redraw(backbone, changes.init, changes.activation)
         about = {"backbone": name, "untrained": True, "size": size}
-    untrained = bool(about.get("untrained")) and isinstance(backbone, ResNet)
-    set_last_stride(backbone, changes.last_stride or (1 if untrained else 0))
+    set_last_stride(backbone, last_stride(spec, changes.last_stride))
     set_activation(backbone, changes.activation)
     set_padding(backbone, changes.padding)
     if changes.bn == "batch":
         use_own_statistics(backbone)
     return backbone.eval(), about
+
+
+def last_stride(spec: str, asked: int) -> int:
+    """The step of a ResNet's last stage: what is asked for; of 0, 1 for untrained torchvision ones
+    as Tobias has them, and else 0, the network's own."""
+    return asked or int(spec.startswith("random:resnet"))
 
 
 def redraw(backbone: Backbone, init: str, activation: str = "own") -> None:

@@ -105,7 +105,7 @@ def _protocol(ask: Localize, eye: Eye, rule: str, found: Found) -> dict[str, Any
         "stages": "all" if eye.stages is None else eye.stages,
         "activation": ask.activation,
         "init": ask.init,
-        "last_stride": ask.last_stride,
+        "last_stride": network.last_stride(ask.checkpoint, ask.last_stride) or "own",
         "bn": ask.bn,
         "padding": ask.padding,
         "compat": ask.compat,

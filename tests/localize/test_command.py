@@ -132,13 +132,16 @@ def test_what_a_user_can_mend_is_one_sentence(photographs, capsys):
     assert "holds no snapshots" in said
 
 
-def test_a_run_is_read_over_its_snapshots_and_its_report_shows_it(tmp_path, monkeypatch):
+def test_a_run_is_read_over_its_snapshots_and_its_report_shows_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = "pretrain simclr --data scenes:train@16 --backbone timm:test_resnet --size 64 --epochs 2"
     text += " --batch-size 8 --out run --workers 0 --threads 1 --precision fp32 --device cpu"
     cli.main([*text.split(), "--layout", "contiguous", "--probe", "none", "--warmup-epochs", "0"])
     args = ["localize", "run", "--data", "scenes:test@8", "--device", "cpu", "--threads", "1"]
     cli.main([*args, "--snapshots"])
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    said = failing(capsys, "localize", "run", "--data", ".", "--snapshots")
+    assert "--boxes says what is marked" in said
     kept = json.loads((tmp_path / "run/readings/localize.json").read_text())
     assert kept[0]["step"] < kept[-1]["step"] and "noise" in kept[0]["controls"]
     cli.main(args)
