@@ -37,6 +37,12 @@ def test_published_vector_of_the_whole_rule():
     assert iou(box, (40, 10, 170, 140)) == pytest.approx(0.392950, abs=5e-7)
 
 
+def test_of_equal_components_the_first_in_the_rows_counts_not_in_opencvs_blocks():
+    values = np.zeros((4, 8))
+    values[0, 5] = values[1, 0] = 1  # OpenCV labels the second first: it scans 2 x 2 blocks
+    assert object_box(values, (8, 4)) == (5, 0, 6, 1)
+
+
 def plain_cells(values, connectivity, level):
     """The rule as loops: flood each cell in the order of rows; a later one must be larger."""
     h, w = values.shape
