@@ -14,9 +14,11 @@ import tyro
 
 from firstsight import methods, recipes, settings
 from firstsight.cli_data import data
+from firstsight.cli_localize import localize, masks
 from firstsight.errors import UserError, require_positive, unknown
 from firstsight.flags import config_file, flagged, parsed, peeked, taken
 from firstsight.log import is_first
+from firstsight.settings import Common
 from firstsight.shown import show, table, write_json
 
 
@@ -61,18 +63,6 @@ def show_recipes(args: list[str]) -> None:
         about = f"{recipe.name:<25} {recipe.summary}\n{recipe.method:>24}  {recipe.story['paper']}"
         print(recipe.text if args else about)
     write_json(target, {r.name: {"method": r.method, **r.story, **r.values} for r in shown})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Common:
-    """What every command that computes can be told."""
-
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute."""
-    threads: int = 0
-    """CPU threads for arithmetic; 0: one for each core."""
-    seed: int = 0
-    """Decides everything that is random."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -282,6 +272,8 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "pretrain": pretrain,
     "recipes": show_recipes,
     "evaluate": evaluate,
+    "localize": localize,
+    "masks": masks,
     "data": data,
     "report": report,
 }

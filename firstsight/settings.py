@@ -31,6 +31,18 @@ Lars = Literal["larc", "barlow", "byol", "simclr", "pixpro", "scrl", "scrl-publi
 
 
 @dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every command that computes can be told."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute."""
+    threads: int = 0
+    """CPU threads for arithmetic; 0: one for each core."""
+    seed: int = 0
+    """Decides everything that is random."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Defaults:
     """What a method's paper trains with; the starting point of its flags."""
 

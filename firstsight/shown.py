@@ -24,8 +24,13 @@ def show(
     """Print a result as a table with its protocol, and write it as JSON where asked."""
     write_json(target, result)  # first: who prints into `head` has it all the same
     table(title, columns, rows)
-    protocol = ", ".join(f"{key} {value}" for key, value in result["protocol"].items())
-    Console().print(f"protocol: {protocol}", markup=False, highlight=False)
+    protocol(result)
+
+
+def protocol(result: dict[str, Any]) -> None:
+    """Print what a result depends on."""
+    said = ", ".join(f"{key} {value}" for key, value in result["protocol"].items())
+    Console().print(f"protocol: {said}", markup=False, highlight=False)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -24,7 +24,7 @@ def failing(capsys, *args):
 LIGHT = ["", "pretrain", "pretrain mocov2 --help", "evaluate", "evaluate knn -h", "recipes"]
 LIGHT += ["recipes -h", "recipes byol-1000ep", "data", "data sort-imagenet-val -h"]
 LIGHT += [f"data {work} -h" for work in ("zip", "verify", "subset", "views", "info")]
-LIGHT += ["report -h", "demo -h", "evaluate linear -h"]
+LIGHT += ["report -h", "demo -h", "evaluate linear -h", "localize -h", "masks -h"]
 
 
 def test_help_and_flags_come_without_torch():
@@ -58,6 +58,8 @@ def test_help_and_flags_come_without_torch():
         (["evaluate", "knn"], "still to be given: CHECKPOINT, --train, --test"),
         (["evaluate", "knn", "run", "--test", "x"], "still to be given: --train"),
         (["data", "sort-imagenet-val", "--out", "x"], "still to be given: IMAGES, --truth"),
+        (["localize"], "still to be given: --data"),
+        (["masks", "--data", "x"], "still to be given: --out"),
         (["evaluate", "knnn"], "no reading called 'knnn' (did you mean 'knn'?)"),
     ],
 )

@@ -37,6 +37,8 @@ SMALLER = {
     "--precision fp32 --layout contiguous --device cpu --probe-readings 1 --warmup-epochs 0",
     "demo": "--epochs 0.4 --threads 1 --device cpu",
     "evaluate": "--threads 1 --device cpu",
+    "localize": "--images 6 --threads 1 --device cpu",
+    "masks": "--threads 1 --device cpu",
 }
 PLACEHOLDERS = {"RUN": "runs/simclr-001", "SEED": "0"}
 NEEDS_MORE = re.compile(r"^torchrun|--device (cuda|mps)|--compile|torchvision:")
@@ -77,7 +79,7 @@ def arguments(words):
     ("page", "words"), ALL, ids=[f"{page.stem}-{' '.join(words)[:60]}" for page, words in ALL]
 )
 def test_every_command_of_the_docs_is_understood(page, words, monkeypatch, capsys):
-    from firstsight import data, evaluate, report, run
+    from firstsight import data, evaluate, localize, report, run
 
     def reached(*_, **__):
         raise Reached
@@ -85,6 +87,7 @@ def test_every_command_of_the_docs_is_understood(page, words, monkeypatch, capsy
     for module, names in {
         run: ("pretrain", "dry_run", "demo"),
         evaluate: ("knn", "linear", "over_snapshots"),
+        localize: ("run", "masks"),
         report: ("write_report",),
         data: ("info", "subset", "verify", "views", "zip_up"),
     }.items():
@@ -115,6 +118,20 @@ def photographs(path, labelled):
         cv2.imwrite(str(folder / f"{i}.jpg"), generator.integers(0, 256, (40, 48, 3)))
 
 
+def annotations(path):
+    """Where the objects of such photographs are: CUB's text files, or Pascal VOC's XML."""
+    if path.suffix == ".txt":
+        names = [f"{i} {'cats' if i % 2 else 'dogs'}/{i}.jpg\n" for i in range(12)]
+        path.with_name("images.txt").write_text("".join(names))
+        path.write_text("".join(f"{i} 5 5 30 20\n" for i in range(12)))
+        return
+    path.mkdir(parents=True)
+    corners = "<xmin>6</xmin><ymin>6</ymin><xmax>35</xmax><ymax>25</ymax>"
+    for i in range(12):
+        thing = f"<object><name>pet</name><bndbox>{corners}</bndbox></object>"
+        (path / f"{i}.xml").write_text(f"<annotation>{thing}</annotation>")
+
+
 def small(args):
     """The arguments of a command, made small by the rule above."""
     if args == ["pretrain"]:  # lists the methods
@@ -141,6 +158,8 @@ def test_the_commands_of_a_page_run_in_its_order(page, tmp_path, monkeypatch):
             is_source = re.fullmatch(r"--(data|(probe-)?(train|test))|info", flag)
             if is_source and ":" not in value and not path.exists():
                 photographs(path, labelled="photos" not in value or flag == "info")
+            if flag == "--boxes" and not path.exists():
+                annotations(path)
         try:
             cli.main(args)
         except SystemExit as error:

@@ -35,6 +35,15 @@ class Backbone(nn.Module, ABC):
     def feature_map(self, images: Tensor) -> Tensor:
         """(B, C, h, w) from images (B, 3, H, W)."""
 
+    @property
+    def last_stage(self) -> int:
+        """The number of the last stage that `stage_map` knows."""
+        raise UserError(f"{self.name} has no stages to choose from; leave out --stages")
+
+    def stage_map(self, images: Tensor, stage: int) -> Tensor:
+        """(B, C', h', w') after a stage, 0 to `last_stage`; what comes later is not computed."""
+        raise UserError(f"{self.name} has no stages to choose from; leave out --stages")
+
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (B, C) from images (B, 3, H, W)."""
@@ -69,10 +78,17 @@ class ResNet(Backbone):
             self.stride = 8
         with_small_maps(self)
 
+    last_stage = 4
+
     def feature_map(self, images: Tensor) -> Tensor:
         """(B, C, h, w): the output of layer4."""
+        return self.stage_map(images, 4)
+
+    def stage_map(self, images: Tensor, stage: int) -> Tensor:
+        """(B, C', h', w') after the stem (stage 0) or layer1 to layer4."""
         x = images
-        for child in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+        layers = [f"layer{number}" for number in range(1, stage + 1)]
+        for child in ("conv1", "bn1", "relu", "maxpool", *layers):
             x = self.get_submodule(child)(x)
         return x
 
@@ -133,6 +149,25 @@ class Timm(Backbone):
         """(B, C, h, w); of a transformer, its patch tokens laid out as a map."""
         network: Any = self.network
         return self._laid_out(network.forward_features(images))
+
+    @property
+    def last_stage(self) -> int:
+        """The last of timm's `feature_info`; of a transformer each block is a stage."""
+        return len(getattr(self.network, "feature_info", ())) - 1
+
+    def stage_map(self, images: Tensor, stage: int) -> Tensor:
+        """(B, C', h', w') after entry `stage` of timm's `feature_info`."""
+        network: Any = self.network
+        if not hasattr(network, "forward_intermediates"):
+            return super().stage_map(images, stage)
+        maps: list[Tensor] = network.forward_intermediates(
+            images,
+            indices=[stage],
+            intermediates_only=True,
+            output_fmt="NCHW",
+            stop_early=True,
+        )
+        return maps[0]
 
     def features(self, images: Tensor) -> Tensor:
         """(B, C) as timm pools them for its classifier."""

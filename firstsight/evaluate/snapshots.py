@@ -15,9 +15,10 @@ def over_snapshots(
 ) -> list[dict[str, Any]]:
     """What `read` says of every snapshot of a run, in the order of their steps.
 
-    Each is the reading's own result with its `step` and, as `top1`, the accuracy that a curve
-    shows. They are kept in RUN/readings/NAME.json, which the report draws. A snapshot is a
-    CHECKPOINT: `read` gets its path. Raises `UserError` where there is none.
+    Each is the reading's own result with its `step` and, of accuracies, the `top1` that a curve
+    shows; of boxes it shows the CorLoc at .5. They are kept in RUN/readings/NAME.json, which the
+    report draws. A snapshot is a CHECKPOINT: `read` gets its path. Raises `UserError` where there
+    is none.
     """
     found = sorted((Path(run) / "snapshots").glob("step-*.safetensors"))
     if not found:
@@ -25,9 +26,10 @@ def over_snapshots(
     results = []
     for path in found:
         result = read(str(path))
-        top1 = result["top1"] if "top1" in result else result["best"]["top1"]
+        if "best" in result:
+            result = {**result, "top1": result["best"]["top1"]}
         step = int(path.stem.removeprefix("step-"))
-        results.append({**result, "step": step, "top1": top1})
+        results.append({**result, "step": step})
     if distributed.rank() == 0:
         folder = Path(run) / "readings"
         folder.mkdir(exist_ok=True)

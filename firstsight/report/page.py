@@ -331,7 +331,8 @@ def _reading_chart(name: str, runs: Sequence[Run]) -> str:
         marked=True,
         large=True,
         until=max(run.steps for run in runs),
-        note=f"Top-1, as {name}.json in the run's folder of readings has it with its protocol.",
+        note=f"{'CorLoc .5' if name == 'localize' else 'Top-1'}, as {name}.json in the run's "
+        "folder of readings has it with its protocol.",
     )
 
 

@@ -203,9 +203,14 @@ def _json(path: Path) -> dict[str, Any]:
 def _reading(path: Path) -> list[tuple[float, float]]:
     try:
         results = json.loads(path.read_text())
-        return [(float(one["step"]), float(one["top1"])) for one in results]
+        return [(float(one["step"]), float(_figure(one))) for one in results]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it and report again") from None
+
+
+def _figure(result: dict[str, Any]) -> Any:
+    """The one figure of a reading: an accuracy, or how many boxes are right."""
+    return result["top1"] if "top1" in result else result["corloc"]["0.5"]
 
 
 def _pictures(folder: Path) -> dict[str, str]:

@@ -1,0 +1,73 @@
+"""`firstsight localize` and `firstsight masks`: what is typed, and what is shown of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from firstsight import settings
+from firstsight.errors import UserError
+from firstsight.flags import parsed, taken
+from firstsight.localize import commands
+from firstsight.shown import protocol, show, table, write_json
+
+
+def localize(args: list[str]) -> None:
+    """Object boxes by activation: firstsight localize [CHECKPOINT] --data SOURCE --boxes FILE."""
+    target, args = taken(args, "--json")
+    asked = settings.shallow(parsed(commands.Localize, args, "localize"))
+
+    from firstsight.localize import run
+
+    if asked["snapshots"]:
+        _localize_snapshots(run, asked, target)
+        return
+    result = run(**asked)
+    write_json(target, result)
+    if "corloc" in result:
+        of = f"{result['images']} images of {asked['data']}"
+        table(f"CorLoc of {of}, percent", commands.COLUMNS, commands.score_rows(result))
+    _told(result, f"{result['images']} images, nothing to score by; --boxes says what is marked")
+
+
+def _localize_snapshots(
+    run: Callable[..., dict[str, Any]], asked: dict[str, Any], target: str | None
+) -> None:
+    from firstsight.evaluate import over_snapshots
+
+    spec, asked["snapshots"] = asked.pop("checkpoint"), False
+
+    def read(snapshot: str) -> dict[str, Any]:
+        result = run(snapshot, **asked)
+        if "corloc" not in result:
+            raise UserError("--snapshots draws a curve of scores; --boxes says what is marked")
+        return result
+
+    results = over_snapshots(spec, "localize", read)
+    rows = [[str(one["step"]), f"{one['corloc']['0.5']:.1f}"] for one in results]
+    table("CorLoc .5 over the run, percent", ["step", asked["reading"]], rows)
+    write_json(target, results)
+
+
+def masks(args: list[str]) -> None:
+    """Foreground grids for background merging: firstsight masks --data SOURCE --out FILE.json."""
+    target, args = taken(args, "--json")
+    asked = settings.shallow(parsed(commands.Masks, args, "masks"))
+
+    from firstsight.localize import masks
+
+    result = masks(**asked)
+    shares = [[f"{100 * share:.0f}" for share in row] for row in result["foreground"]]
+    title = f"{result['out']}: percent of {result['images']} images in which a cell is foreground"
+    show(title, [""] * len(shares), shares, result, target)
+    print(
+        f"entropy {result['entropy']:.3f} bits a cell (0: one mask for all images), "
+        f"constant cells {100 * result['constant_cells']:.0f} %"
+    )
+
+
+def _told(result: dict[str, Any], otherwise: str) -> None:
+    """What a reader of a result has to know, and its protocol."""
+    for note in result["notes"] if "corloc" in result else [*result["notes"], otherwise]:
+        print(note)
+    protocol(result)

@@ -1,0 +1,15 @@
+"""Places: what a view's cells show of the image, and where the object of an activation map is."""
+
+from firstsight.geometry.cells import cell_centres, cell_diagonals
+from firstsight.geometry.objects import Box, cells_box, iou, object_box, object_cells, percentile
+
+__all__ = [
+    "Box",
+    "cell_centres",
+    "cell_diagonals",
+    "cells_box",
+    "iou",
+    "object_box",
+    "object_cells",
+    "percentile",
+]
