@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
         from firstsight.sources import open_source
 
         return open_source
-    if name in ("data", "evaluate", "methods", "metrics", "recipes"):
+    if name in ("convert", "data", "evaluate", "methods", "metrics", "recipes"):
         import importlib
 
         return importlib.import_module(f"firstsight.{name}")

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from firstsight import methods, recipes, settings
+from firstsight.cli_convert import convert
 from firstsight.errors import UserError, require_positive, unknown
 from firstsight.flags import config_file, flagged, parsed, peeked, taken
 from firstsight.log import is_first
@@ -318,6 +319,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "recipes": show_recipes,
     "evaluate": evaluate,
     "data": data,
+    "convert": convert,
     "report": report,
 }
 

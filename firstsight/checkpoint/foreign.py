@@ -243,9 +243,9 @@ class Foreign:
     weights: Weights
     """The network's tensors."""
     head: Weights
-    """What sat on the network, under its own names: `fc.*`."""
+    """What sat on the network: `fc.*`."""
     dropped: tuple[str, ...]
-    """Keys that were left out."""
+    """Keys of all else."""
 
     @property
     def format(self) -> Format:
@@ -281,12 +281,13 @@ def taken(
             f" {' or '.join(p or 'plain names' for p in halves[half])}, but {_some(found)}"
         )
     weights, rest = split
-    used = {key for short, key in under.items() if short not in set(rest)}
+    head = {key: found[under[key]] for key in rest if key.startswith("fc.")}
+    used = {key for short, key in under.items() if short in head or short not in set(rest)}
     return Foreign(
         name=name,
         half=half,
         weights=weights,
-        head={key: found[under[key]] for key in rest if key.startswith("fc.")},
+        head=head,
         dropped=(*(key for key in found if key not in used), *other),
     )
 

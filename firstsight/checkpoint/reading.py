@@ -38,8 +38,8 @@ def read(path: Path) -> dict[str, Any]:
         asked = re.search(r"GLOBAL ([\w.<>]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and asked:
             raise UserError(
-                f"{path} asks for {asked[1]}, which weights do not need: nothing of it was run;"
-                " save its state_dict alone where it comes from"
+                f"{path} is not a readable checkpoint: it asks for {asked[1]}, which weights do not"
+                " need; nothing of it was run; save its state_dict alone where it comes from"
             ) from error
         raise UserError(f"{path} is not a readable checkpoint ({first_line(error)})") from error
     if not isinstance(state, dict):
