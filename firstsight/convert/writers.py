@@ -144,11 +144,12 @@ def to_detectron2(path: Path, fit: Fit, about: About) -> Done:
     whole = whole.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n", 1)
     checkpoint.write_atomically(path, lambda file: file.write(whole))
     mean, std = mmdet.pixels(about["mean"]), mmdet.pixels(about["std"])
+    narrow = ', "MODEL.RESNETS.RES2_OUT_CHANNELS", 64' if fit.backbone.width == 512 else ""
     lines = (
         f'cfg.merge_from_list(["MODEL.WEIGHTS", "{path.name}", "INPUT.FORMAT", "RGB"])',
         f'cfg.merge_from_list(["MODEL.PIXEL_MEAN", {mean}, "MODEL.PIXEL_STD", {std}])',
         f'cfg.merge_from_list(["MODEL.RESNETS.DEPTH", {_name(fit)[6:]},'
-        ' "MODEL.RESNETS.STRIDE_IN_1X1", False])',
+        f' "MODEL.RESNETS.STRIDE_IN_1X1", False{narrow}])',
     )
     note = "not frozen and with SyncBN (FREEZE_AT 0, RESNETS.NORM) it is what the papers fine-tune"
     return Done(files=(path,), lines=lines, notes=(note,))
