@@ -81,7 +81,8 @@ class Reading(Common):
     """What every reading of a backbone with labelled images can be told."""
 
     checkpoint: tyro.conf.Positional[str]
-    """CHECKPOINT: a run folder, a file of ours, random:NAME, torchvision:NAME, timm:NAME."""
+    """CHECKPOINT: a run folder, a file of ours or of another library, random:NAME,
+    torchvision:NAME, timm:NAME."""
     train: str
     """Labelled SOURCE to learn from: the bank of neighbours, the images of a classifier."""
     test: str

@@ -177,16 +177,24 @@ def fit_backbone(spec: str, source: str | None = None, half: str | None = None) 
             return whole("firstsight", backbones.build(name), about)
     if kind in ("torchvision", "timm") and name:
         return whole(kind, _published(kind, name), {"backbone": spec})
-    if source is None and half is None and path.is_dir() and not _in_folder(path).exists():
-        return whole("firstsight", *_from_run(path))
+    if path.is_dir() and not _in_folder(path).exists():
+        return _only(whole("firstsight", *_from_run(path)), spec, source, half)
     state, text = _opened(path)
-    if "firstsight" in text and source is None and half is None:
-        return whole("firstsight", *_from_weights(state, text["firstsight"], path))
-    if "about" in state and "method" in state and source is None and half is None:
-        return whole("firstsight", *_from_parts(state, spec))
+    if "firstsight" in text:
+        ours = _from_weights(state, text["firstsight"], path)
+        return _only(whole("firstsight", *ours), spec, source, half)
+    if "about" in state and "method" in state:
+        return _only(whole("firstsight", *_from_parts(state, spec)), spec, source, half)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what is missing is untrained, always the same
         return fitted(taken(state, spec, source, half), spec)
+
+
+def _only(fit: Fit, spec: str, source: str | None, half: str | None) -> Fit:
+    """`fit`, unless something else is asked of what we wrote ourselves."""
+    if source is not None or half is not None:
+        raise UserError(f"{spec} is ours and holds one backbone: leave out --from and --half")
+    return fit
 
 
 def _in_folder(path: Path) -> Path:

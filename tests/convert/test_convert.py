@@ -267,6 +267,8 @@ def test_a_stem_of_3x3_goes_only_where_it_is_understood(tmp_path):
     result = convert.run(str(tmp_path / "x.pth"), str(tmp_path / "moco"), to="moco")
     assert any("this one is 3x3" in note for note in result["notes"])
     result = convert.run(str(tmp_path / "x.pth"), str(tmp_path / "ours"), to="safetensors")
+    with pytest.raises(UserError, match="is ours and holds one backbone: leave out --from"):
+        convert.run(result["files"][0], str(tmp_path / "x"), to="moco", half="query")
     again, about = checkpoint.load_backbone(result["files"][0])
     assert (about["stem"], about["size"]) == ("small", 32)
     same(again.state_dict(), state)
@@ -330,6 +332,7 @@ def test_coverage_is_printed_and_a_gap_ends_with_2(tmp_path, capsys, monkeypatch
         (["x.pth", "x.pth", "--to", "mmdet"], "x.pth is what is read; give another DST"),
         (["no.pth", "y.pth", "--to", "mmdet"], "no checkpoint no.pth"),
         (["odd.pth", "y.pth", "--to", "mmdet"], "of no known format: 1 tensors, such as a;"),
+        (["ours", "y.pth", "--to", "mmdet", "--half", "query"], "ours holds no checkpoint"),
         (["x.pth", "y.pth", "--selfsup", "swav"], "holds no backbone network as swav has it"),
     ],
 )
@@ -337,6 +340,7 @@ def test_what_can_be_mended_is_one_sentence(args, said, tmp_path, capsys, monkey
     monkeypatch.chdir(tmp_path)
     as_moco(resnet(), tmp_path / "x.pth")
     torch.save(one("a"), tmp_path / "odd.pth")
+    (tmp_path / "ours").mkdir()
     assert said in failing(capsys, *args)[1]
 
 
