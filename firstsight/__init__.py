@@ -46,7 +46,16 @@ def __getattr__(name: str) -> Any:
         from firstsight.sources import open_source
 
         return open_source
-    if name in ("data", "evaluate", "geometry", "localize", "methods", "metrics", "recipes"):
+    if name in (
+        "convert",
+        "data",
+        "evaluate",
+        "geometry",
+        "localize",
+        "methods",
+        "metrics",
+        "recipes",
+    ):
         import importlib
 
         return importlib.import_module(f"firstsight.{name}")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import tyro
 
 from firstsight import methods, recipes, settings
+from firstsight.cli_convert import convert
 from firstsight.cli_data import data
 from firstsight.cli_localize import localize, masks
 from firstsight.errors import UserError, require_positive, unknown
@@ -70,7 +71,8 @@ class Reading(Common):
     """What every reading of a backbone with labelled images can be told."""
 
     checkpoint: tyro.conf.Positional[str]
-    """CHECKPOINT: a run folder, a file of ours, random:NAME, torchvision:NAME, timm:NAME."""
+    """CHECKPOINT: a run folder, a file of ours or of another library, random:NAME,
+    torchvision:NAME, timm:NAME."""
     train: str
     """Labelled SOURCE to learn from: the bank of neighbours, the images of a classifier."""
     test: str
@@ -275,6 +277,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "localize": localize,
     "masks": masks,
     "data": data,
+    "convert": convert,
     "report": report,
 }
 

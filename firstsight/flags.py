@@ -106,7 +106,7 @@ def _switched(args: list[str], options: Any) -> list[str]:
 def _options(options: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     """(flag, value) of each option, those of nested settings with dots."""
     for name, value in settings.shallow(options).items():
-        flag = prefix + name.replace("_", "-")
+        flag = prefix + name.rstrip("_").replace("_", "-")  # from_: a keyword of Python
         if dataclasses.is_dataclass(value):
             yield from _options(value, f"{flag}.")
         else:

@@ -24,7 +24,7 @@ def failing(capsys, *args):
 LIGHT = ["", "pretrain", "pretrain mocov2 --help", "evaluate", "evaluate knn -h", "recipes"]
 LIGHT += ["recipes -h", "recipes byol-1000ep", "data", "data sort-imagenet-val -h"]
 LIGHT += [f"data {work} -h" for work in ("zip", "verify", "subset", "views", "info")]
-LIGHT += ["report -h", "demo -h", "evaluate linear -h", "localize -h", "masks -h"]
+LIGHT += ["report -h", "demo -h", "evaluate linear -h", "localize -h", "masks -h", "convert -h"]
 
 
 def test_help_and_flags_come_without_torch():

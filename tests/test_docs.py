@@ -6,9 +6,9 @@ begins with `firstsight` (in `console` after `$ `; other lines there are output)
 - The everyday part parses every command of every page: unknown flags, values of the wrong kind and
   unknown methods fail.
 - The slow part runs them, page by page in one folder, in the order of the page, then its Python. It
-  makes the photographs that a command names, and makes runs small: sources of generated scenes have
-  SCENES images, and SMALLER goes behind the flags of the page, where the last one wins. Epochs stay
-  as the page has them up to MOST_EPOCHS.
+  makes the photographs and foreign checkpoints that a command names, and makes runs small: sources
+  of generated scenes have SCENES images, and SMALLER goes behind the flags of the page, where the
+  last one wins. Epochs stay as the page has them up to MOST_EPOCHS.
 - Never run, only parsed: what needs several processes, a GPU, a compiler, or weights to download.
 """
 
@@ -25,6 +25,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 from firstsight import cli, settings
 
@@ -41,7 +42,7 @@ SMALLER = {
     "masks": "--threads 1 --device cpu",
 }
 PLACEHOLDERS = {"RUN": "runs/simclr-001", "SEED": "0"}
-NEEDS_MORE = re.compile(r"^torchrun|--device (cuda|mps)|--compile|torchvision:")
+NEEDS_MORE = re.compile(r"^torchrun|--device (cuda|mps)|--compile|torchvision:|--to onnx")
 ADDED = "hypersphere"  # the method that a page adds: its commands are those of other tests below
 
 
@@ -79,7 +80,7 @@ def arguments(words):
     ("page", "words"), ALL, ids=[f"{page.stem}-{' '.join(words)[:60]}" for page, words in ALL]
 )
 def test_every_command_of_the_docs_is_understood(page, words, monkeypatch, capsys):
-    from firstsight import data, evaluate, localize, report, run
+    from firstsight import convert, data, evaluate, localize, report, run
 
     def reached(*_, **__):
         raise Reached
@@ -90,6 +91,7 @@ def test_every_command_of_the_docs_is_understood(page, words, monkeypatch, capsy
         localize: ("run", "masks"),
         report: ("write_report",),
         data: ("info", "subset", "verify", "views", "zip_up"),
+        convert: ("read",),
     }.items():
         for name in names:
             monkeypatch.setattr(module, name, reached)
@@ -132,6 +134,14 @@ def annotations(path):
         (path / f"{i}.xml").write_text(f"<annotation>{thing}</annotation>")
 
 
+def foreign(path):
+    """A file of MoCo, SwAV or SEED, as its name says."""
+    weights = torchvision.models.resnet18().state_dict()
+    halves = {"swav": ("",), "seed": ("student.", "teacher.")}.get(path.name[:4], ("encoder_q.",))
+    state = {f"module.{half}{key}": weights[key] for half in halves for key in weights}
+    torch.save({"state_dict": state | {"module.prototypes.weight": torch.ones(1)}}, path)
+
+
 def small(args):
     """The arguments of a command, made small by the rule above."""
     if args == ["pretrain"]:  # lists the methods
@@ -153,6 +163,8 @@ def test_the_commands_of_a_page_run_in_its_order(page, tmp_path, monkeypatch):
         if NEEDS_MORE.search(" ".join(words)) or ADDED in words:
             continue
         args = small(arguments(words))
+        if args[0] == "convert" and not Path(args[1]).exists():
+            foreign(Path(args[1]))
         for flag, value in itertools.pairwise(args):
             path = Path(value)
             is_source = re.fullmatch(r"--(data|(probe-)?(train|test))|info", flag)

@@ -21,7 +21,7 @@ class Backbone(nn.Module, ABC):
     """A network that states its own width and stride."""
 
     name: str
-    """What builds it again: resnet50, timm:NAME."""
+    """What builds it again: resnet50, timm:NAME, timm:NAME,num_heads=12."""
     stem: str
     """First layers: standard or small."""
     width: int
@@ -125,10 +125,13 @@ class Timm(Backbone):
 
         super().__init__()
         self.name, self.stem = f"timm:{name}", "standard"
+        name, _, heads = name.partition(",num_heads=")
         if name.split(".")[0] not in timm.list_models():
             raise unknown("timm network", name, _near_timm(name))
         resizable = name.startswith(("vit", "deit", "eva", "beit"))
         options: dict[str, Any] = {"img_size": size, "dynamic_img_size": True} if resizable else {}
+        if heads:
+            options["num_heads"] = int(heads)  # same weights, other features
         network: Any = timm.create_model(name, pretrained=False, num_classes=0, **options)
         self.network = network
         with_small_maps(self)

@@ -9,13 +9,30 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 
 from firstsight import backbones
 from firstsight.backbones import Backbone
+from firstsight.checkpoint.foreign import taken
+from firstsight.checkpoint.networks import Fit, fitted, inner, whole
+from firstsight.checkpoint.reading import first_line as _first_line
+from firstsight.checkpoint.reading import is_safetensors, read, read_safetensors
 from firstsight.errors import UserError
+
+__all__ = [
+    "about_backbone",
+    "fit_backbone",
+    "load_backbone",
+    "load_state",
+    "newest",
+    "read",
+    "save",
+    "save_backbone",
+    "start_backbone",
+    "start_method",
+    "write_atomically",
+    "write_json",
+]
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -80,21 +97,6 @@ def newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     return None, damaged
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A checkpoint's state, on the CPU."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises whatever the parser stumbles over
-        raise UserError(f"{path} is not a readable checkpoint ({_first_line(error)})") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{path} is not a checkpoint of firstsight")
-    return state
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-
-
 def load_state(module: torch.nn.Module, state: dict[str, Any], path: Path | str) -> None:
     """Load all of a state into `module`; another architecture is refused, saying what differs."""
     own = module.state_dict()
@@ -122,8 +124,7 @@ def save_backbone(path: Path, backbone: Backbone, about: dict[str, Any]) -> None
 
 
 def _weights(backbone: Backbone) -> dict[str, torch.Tensor]:
-    inner = backbone.network if isinstance(backbone, backbones.Timm) else backbone
-    return inner.state_dict()
+    return inner(backbone).state_dict()
 
 
 def about_backbone(
@@ -147,33 +148,74 @@ def about_backbone(
 def load_backbone(spec: str) -> tuple[Backbone, dict[str, Any]]:
     """A backbone on the CPU in evaluation mode, and what is known about it, from a CHECKPOINT.
 
-    CHECKPOINT: a run folder, a checkpoint or `.safetensors` file of ours, `random:resnet50`
-    (untrained, seed 0), `torchvision:resnet50` or `timm:NAME` (published weights).
+    CHECKPOINT: a run folder, a checkpoint or `.safetensors` file of ours, a file (or a folder of
+    transformers) of a known foreign format, `random:resnet50` (untrained, seed 0),
+    `torchvision:resnet50` or `timm:NAME` (published weights). Of a foreign file all tensors of the
+    backbone must be there.
+    """
+    fit = fit_backbone(spec)
+    if fit.gap:
+        raise UserError(
+            f"{spec} ({fit.format}) does not fill {fit.backbone.name}: {fit.gap}; firstsight"
+            " convert --allow-partial takes what is there"
+        )
+    return fit.backbone, fit.about
+
+
+def fit_backbone(spec: str, source: str | None = None, half: str | None = None) -> Fit:
+    """The backbone of a CHECKPOINT as far as it fits, and what became of each of its tensors.
+
+    Of a foreign file `source` insists on the format, `half` on one of its networks (query or
+    momentum, student or teacher, ...).
     """
     kind, _, name = spec.partition(":")
+    path = Path(spec)
     if kind == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return backbones.build(name).eval(), {"backbone": name, "untrained": True}
+            about = {"backbone": name, "untrained": True}
+            return whole("firstsight", backbones.build(name), about)
     if kind in ("torchvision", "timm") and name:
-        return _published(kind, name).eval(), {"backbone": spec}
-    path = Path(spec)
-    if path.is_dir():
-        return _from_run(path)
+        return whole(kind, _published(kind, name), {"backbone": spec})
+    if path.is_dir() and not _in_folder(path).exists():
+        return _only(whole("firstsight", *_from_run(path)), spec, source, half)
+    state, text = _opened(path)
+    if "firstsight" in text:
+        ours = _from_weights(state, text["firstsight"], path)
+        return _only(whole("firstsight", *ours), spec, source, half)
+    if "about" in state and "method" in state:
+        return _only(whole("firstsight", *_from_parts(state, spec)), spec, source, half)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what is missing is untrained, always the same
+        return fitted(taken(state, spec, source, half), spec)
+
+
+def _only(fit: Fit, spec: str, source: str | None, half: str | None) -> Fit:
+    """`fit`, unless something else is asked of what we wrote ourselves."""
+    if source is not None or half is not None:
+        raise UserError(f"{spec} is ours and holds one backbone: leave out --from and --half")
+    return fit
+
+
+def _in_folder(path: Path) -> Path:
+    return path / "model.safetensors"
+
+
+def _opened(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """What is in a file, or in a folder of transformers, and its text."""
     if not path.exists():
         raise UserError(
-            f"no checkpoint {spec}; "
+            f"no checkpoint {path}; "
             "give a run folder, a file, random:NAME, torchvision:NAME or timm:NAME"
         )
-    return _from_safetensors(path) if path.suffix == ".safetensors" else _from_state(path)
+    path = _in_folder(path) if path.is_dir() else path
+    return read_safetensors(path) if is_safetensors(path) else (read(path), {})
 
 
 def start_backbone(backbone: Backbone, spec: str) -> None:
     """Give `backbone` the weights of a CHECKPOINT, which must be of the same architecture."""
     weights = _weights(load_backbone(spec)[0])
-    load_state(
-        backbone.network if isinstance(backbone, backbones.Timm) else backbone, weights, spec
-    )
+    load_state(inner(backbone), weights, spec)
 
 
 def start_method(method: torch.nn.Module, name: str, spec: str) -> None:
@@ -221,18 +263,14 @@ def _from_run(folder: Path) -> tuple[Backbone, dict[str, Any]]:
     state, damaged = newest(folder / "checkpoints")
     if state is not None:
         return _from_parts(state, f"{folder}/checkpoints/last")
-    if (folder / "backbone.safetensors").exists():
-        return _from_safetensors(folder / "backbone.safetensors")
+    path = folder / "backbone.safetensors"
+    if path.exists():
+        weights, text = read_safetensors(path)
+        return _from_weights(weights, text["firstsight"], path)
     raise UserError(damaged[0] if damaged else f"{folder} holds no checkpoint; is it a run folder?")
 
 
-def _from_state(path: Path) -> tuple[Backbone, dict[str, Any]]:
-    return _from_parts(read(path), str(path))
-
-
 def _from_parts(state: dict[str, Any], where: str) -> tuple[Backbone, dict[str, Any]]:
-    if "about" not in state or "method" not in state:
-        raise UserError(f"{where} is not a checkpoint of firstsight")
     about = state["about"]
     backbone = backbones.build(about["backbone"], about["stem"], about["size"])
     prefix = "backbone."
@@ -243,23 +281,10 @@ def _from_parts(state: dict[str, Any], where: str) -> tuple[Backbone, dict[str, 
     return backbone.eval(), dict(about)
 
 
-def _from_safetensors(path: Path) -> tuple[Backbone, dict[str, Any]]:
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("firstsight")
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} is not a readable safetensors file ({_first_line(error)})"
-        ) from error
-    if text is None:
-        raise UserError(
-            f"{path} was not written by firstsight: it does not say what network it holds"
-        )
+def _from_weights(
+    weights: dict[str, torch.Tensor], text: str, path: Path
+) -> tuple[Backbone, dict[str, Any]]:
     about = json.loads(text)
     backbone = backbones.build(about["backbone"], about["stem"], about["size"])
-    inner = backbone.network if isinstance(backbone, backbones.Timm) else backbone
-    load_state(inner, weights, path)
+    load_state(inner(backbone), weights, path)
     return backbone.eval(), about
