@@ -55,9 +55,7 @@ FACTORS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "threshold": [("60th percentile", {"threshold": "percentile:60"})],
 }
 HEAD = "| set | setting | CorLoc .5 | over seeds | centred box | map of noise | whole image | "
-HEAD += (
-    "over noise | left | whole image for want of a map |\n|---|---|---|---|---|---|---|---|---|---|"
-)
+HEAD += "lower right | over noise | left | fallbacks |\n" + 11 * "|---" + "|"
 
 
 def line(name: str, setting: str, result: dict[str, Any], seeds: int) -> str:
@@ -69,7 +67,8 @@ def line(name: str, setting: str, result: dict[str, Any], seeds: int) -> str:
     return (
         f"| {name} | {setting} | {result['corloc']['0.5']:.1f} "
         f"| {spread['lowest']:.1f} to {spread['highest']:.1f} "
-        f"| {of['centre_box']:.1f} | {of['noise']:.1f} | {of['full_image']:.1f} | {over} "
+        f"| {of['centre_box']:.1f} | {of['noise']:.1f} | {of['full_image']:.1f} "
+        f"| {of['constant_mask']:.1f} | {over} "
         f"| {left['difference']:+.1f} ({low:+.1f} to {high:+.1f}) "
         f"| {100 * result['fallbacks'] / result['images'] / seeds:.0f} % |"
     )
