@@ -25,6 +25,8 @@ class Backbone(nn.Module, ABC):
     """First layers: standard or small."""
     width: int
     """C, the number of features."""
+    map_width: int
+    """Channels of the feature map: C, but for networks with a layer behind the pooling."""
     stride: int
     """Pixels of the image for each cell of the feature map, a side."""
 
@@ -35,6 +37,10 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (B, C) from images (B, 3, H, W)."""
+
+    def map_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The feature map (B, C, h, w) and pooled features (B, C): in one pass where it can be."""
+        return self.feature_map(images), self.features(images)
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features (B, C)."""
@@ -50,7 +56,7 @@ class ResNet(Backbone):
         super().__init__()
         self.name, self.stem = name, stem
         network = getattr(torchvision.models, name)(weights=None)
-        self.width = network.fc.in_features
+        self.width = self.map_width = network.fc.in_features
         for child, module in network.named_children():
             if child != "fc":
                 self.add_module(child, module)
@@ -72,6 +78,11 @@ class ResNet(Backbone):
     def features(self, images: Tensor) -> Tensor:
         """(B, C): the mean over the map."""
         return self.feature_map(images).mean(dim=(2, 3))
+
+    def map_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, h, w) and its mean (B, C)."""
+        cells = self.feature_map(images)
+        return cells, cells.mean(dim=(2, 3))
 
 
 def zero_residuals(backbone: Backbone) -> None:
@@ -106,7 +117,7 @@ class Timm(Backbone):
         with_small_maps(self)
         # what is pooled may be wider than the map: some have a layer between
         self.width = int(getattr(network, "head_hidden_size", None) or network.num_features)
-        self._cells = int(network.num_features)
+        self.map_width = int(network.num_features)
         self.stride = size // max(self._map_side(size), 1)
 
     @torch.no_grad()
@@ -120,18 +131,27 @@ class Timm(Backbone):
     def feature_map(self, images: Tensor) -> Tensor:
         """(B, C, h, w); of a transformer, its patch tokens laid out as a map."""
         network: Any = self.network
-        x: Tensor = network.forward_features(images)
-        if x.ndim == 3:  # tokens (B, prefix + h * w, C)
-            x = x[:, getattr(network, "num_prefix_tokens", 0) :]
-            side = round(x.shape[1] ** 0.5)
-            return x.transpose(1, 2).reshape(len(x), self._cells, side, side)
-        return x.permute(0, 3, 1, 2) if x.shape[1] != self._cells else x  # some are channels-last
+        return self._laid_out(network.forward_features(images))
 
     def features(self, images: Tensor) -> Tensor:
         """(B, C) as timm pools them for its classifier."""
         network: Any = self.network
         pooled: Tensor = network.forward_head(network.forward_features(images), pre_logits=True)
         return pooled
+
+    def map_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, h, w) and (B, C), each as above."""
+        network: Any = self.network
+        x: Tensor = network.forward_features(images)
+        return self._laid_out(x), network.forward_head(x, pre_logits=True)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        if x.ndim == 3:  # tokens (B, prefix + h * w, C)
+            x = x[:, getattr(self.network, "num_prefix_tokens", 0) :]
+            side = round(x.shape[1] ** 0.5)
+            return x.transpose(1, 2).reshape(len(x), self.map_width, side, side)
+        # some are channels-last
+        return x.permute(0, 3, 1, 2) if x.shape[1] != self.map_width else x
 
 
 def _near_timm(name: str) -> list[str]:
@@ -154,10 +174,11 @@ def build(name: str, stem: str = "standard", size: int = 224) -> Backbone:
 
 
 def compile_all(module: nn.Module) -> None:
-    """Let torch compile the forward pass of every backbone in `module`; their keys stay."""
+    """Let torch compile the passes of every backbone in `module`; their keys stay."""
     compilers = filter(None, (os.environ.get("CXX"), "g++", "clang++", "cl"))
     if not any(map(shutil.which, compilers)):
         raise UserError("--compile needs a C++ compiler (g++ or clang++); leave out --compile")
     for backbone in module.modules():
         if isinstance(backbone, Backbone):
             backbone.compile()
+            backbone.feature_map = torch.compile(backbone.feature_map)  # type: ignore[method-assign]

@@ -162,6 +162,13 @@ def _within(name: str, values: tuple[float, ...], low: float, high: float | None
             raise UserError(f"--{_flag(name)} {value} is out of range; choose a value {allowed}")
 
 
+_BYOL = Views(
+    min_scale=(0.08,),
+    interpolation="bicubic",
+    saturation=0.2,
+    blur=(1.0, 0.1),
+    solarize=(0.0, 0.2),
+)
 _PIC = Views(counts=(1,), min_scale=(0.08,), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
 
 PRESETS: Mapping[str, Views] = MappingProxyType(
@@ -178,13 +185,9 @@ PRESETS: Mapping[str, Views] = MappingProxyType(
             saturation=0.8,
             hue=0.2,
         ),
-        "byol": Views(
-            min_scale=(0.08,),
-            interpolation="bicubic",
-            saturation=0.2,
-            blur=(1.0, 0.1),
-            solarize=(0.0, 0.2),
-        ),
+        "byol": _BYOL,
+        # differs from the authors' code: there blur is a resize down and up again.
+        "scrl": replace(_BYOL, min_scale=(0.2,)),  # smaller crops would share too little
         # One view, the colours of MoCo v1.
         "instdisc": Views(counts=(1,), jitter=1.0, hue=0.4, blur=(0.0,)),
         # One view, the colours of SimCLR; and a large crop with three small ones.
