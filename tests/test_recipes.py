@@ -37,6 +37,8 @@ PUBLISHED = {
     "pic-uncorrected-200ep": (200, 256, 0.03, 1e-4),
     "scrl-200ep": (200, 8192, 14.4, 1e-6),
     "scrl-1000ep": (1000, 8192, 6.4, 1.5e-6),
+    "seed-200ep": (200, 256, 0.03, 1e-4),
+    "seed-multicrop-200ep": (200, 256, 0.03, 1e-4),
     "simclr-100ep": (100, 4096, 4.8, 1e-6),
     "simclr-1000ep": (1000, 4096, 4.8, 1e-6),
     "simclr-pic-100ep": (100, 256, 0.3, 1e-6),
@@ -85,7 +87,9 @@ def test_a_recipe_trains_as_published(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_recipe_builds(name):
     recipe = recipes.read(name)
-    config = resolved(name, backbone=NETWORK, stem="standard")
+    teacher = {"teacher": f"random:{NETWORK}", "teacher_layer": "backbone"}
+    own = {"method": teacher} if recipe.method == "seed" else {}  # it names none itself
+    config = resolved(name, backbone=NETWORK, stem="standard", **own)
     with torch.device("meta"):  # shapes without values: heads of hundreds of megabytes
         method = methods.build(recipe.method, config, 1000)
     for key, value in recipe.values["method"].items():

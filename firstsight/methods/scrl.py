@@ -138,7 +138,8 @@ class SCRL(Method):
             regions = [self.regions(cells, b, kept) for cells, b in zip(maps, boxes, strict=True)]
             targets = torch.cat([projector(r) for r in regions])  # (2M, D)
 
-        loss = scrl_loss(*predicted.chunk(2), *targets.chunk(2)) * self.weight(usable)
+        loss = scrl_loss(*predicted.chunk(2), *targets.chunk(2))
+        loss = loss * self.weight(usable.to(loss.dtype))
         scalars = {
             "embedding_spread": metrics.spread(full(targets)),
             "images_with_boxes": usable.to(loss.dtype).mean(),
@@ -161,11 +162,11 @@ class SCRL(Method):
         return means.flatten(1)[kept.repeat_interleave(self.rule.count)]
 
     def weight(self, usable: Tensor) -> Tensor:
-        """What the mean over this rank's boxes counts, so that ranks' means add up to that of all;
-        0 where it has none."""
+        """What the mean over this rank's boxes counts, so that the mean of ranks is that of all
+        boxes; 0 where it has none. usable (B,) is 1 for images with boxes."""
+        own = usable.sum()
         if self.config.weights == "ranks":
-            return usable.any().to(torch.float32)
-        own = usable.sum().to(torch.float32)
+            return own.clamp_max(1)
         return own * distributed.world() / distributed.summed(own).clamp_min(1)
 
     def after_step(self, progress: float, lr: float) -> None:

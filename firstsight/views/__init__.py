@@ -195,6 +195,11 @@ PRESETS: Mapping[str, Views] = MappingProxyType(
         "pic-multicrop": replace(
             _PIC, counts=(1, 3), sizes=(160, 96), min_scale=(0.14, 0.08), max_scale=(1.0, 0.14)
         ),
+        # One view, the colours of MoCo v2, for teacher and student; and with six small crops.
+        "seed": Views(counts=(1,)),
+        "seed-multicrop": Views(
+            counts=(1, 6), sizes=(224, 96), min_scale=(0.14, 0.05), max_scale=(1.0, 0.14)
+        ),
         # Small images: the CIFAR-10 demo of MoCo, whose crops keep torchvision's default range.
         "mocov2-small": Views(min_scale=(0.08,), blur=(0.0,), mean=CIFAR_MEAN, std=CIFAR_STD),
         # The CIFAR-10 setting of SimCLR (appendix B.9): half the colour strength, no blur.

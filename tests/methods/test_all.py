@@ -265,6 +265,7 @@ NOT_IN_A_MINUTE = {
     "mocov2": "it first learns which keys are young, for some hundred steps",
     "pic": "not measured yet",
     "scrl": "not measured yet",
+    "seed": "not measured yet",
     "simsiam": "17.3 to 22.1 % in a minute, a gain of 4.8 where 5 are asked for",
     "vicreg": "not measured yet",
 }

@@ -164,12 +164,12 @@ def test_one_box_alone_is_none():
 
 
 def test_boxes_of_all_ranks_count_the_same_or_as_published_each_rank_does(monkeypatch):
-    usable = torch.tensor([True, False, False, False])
+    usable = torch.tensor([1.0, 0.0, 0.0, 0.0])
     monkeypatch.setattr("firstsight.distributed.world", lambda: 2)
     monkeypatch.setattr("firstsight.distributed.summed", lambda own: own + 3)  # 3 elsewhere
     assert method().weight(usable).item() == pytest.approx(2 * 1 / 4)
     assert method(weights="ranks").weight(usable).item() == 1
-    assert method(weights="ranks").weight(~usable & usable).item() == 0
+    assert method(weights="ranks").weight(0 * usable).item() == 0
 
 
 def test_views_that_hold_no_box_are_refused(tmp_path):
