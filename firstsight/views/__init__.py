@@ -63,6 +63,9 @@ class Views:
     """Blur: largest standard deviation, pixels of the view."""
     solarize: tuple[float, ...] = (0.0,)
     """Probability, for each view, of inverting all values from 128 up."""
+    hide: float = 0.0
+    """Probability of Hide-and-Seek: cells of a grid of 4, 8 or 16 a side become the mean colour,
+    each with probability 0.5; ssl-small has 0.75."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Subtracted from each channel, values in 0 to 1."""
     std: tuple[float, float, float] = IMAGENET_STD
@@ -97,7 +100,7 @@ class Views:
                 )
         if not 0 < self.min_ratio <= 1:
             raise UserError(f"--views.min-ratio {self.min_ratio} is not in (0, 1]")
-        for name in ("flip", "jitter", "gray"):
+        for name in ("flip", "jitter", "gray", "hide"):
             _within(name, (getattr(self, name),), 0, 1)
         for name in ("blur", "solarize"):
             _within(name, getattr(self, name), 0, 1)
