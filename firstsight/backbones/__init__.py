@@ -154,6 +154,27 @@ class Timm(Backbone):
         return x.permute(0, 3, 1, 2) if x.shape[1] != self.map_width else x
 
 
+class Embedding(Backbone):
+    """A backbone whose features are the embedding that its method compared."""
+
+    def __init__(self, backbone: Backbone, projector: nn.Module) -> None:
+        super().__init__()
+        self.name, self.stem = backbone.name, backbone.stem
+        self.stride, self.map_width = backbone.stride, backbone.map_width
+        self.backbone, self.projector = backbone, projector
+        last = [m for m in projector.modules() if isinstance(m, nn.Linear)][-1]
+        self.width = last.out_features
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """(B, C, h, w), of the backbone."""
+        return self.backbone.feature_map(images)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, D) embeddings."""
+        embedding: Tensor = self.projector(self.backbone.features(images))
+        return embedding
+
+
 def _near_timm(name: str) -> list[str]:
     import difflib
 

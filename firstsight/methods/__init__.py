@@ -77,7 +77,7 @@ def network(spec: str, layer: str, flag: str) -> tuple[Backbone, dict[str, Any]]
     import torch
 
     from firstsight import checkpoint
-    from firstsight.methods.base import Embedding
+    from firstsight.backbones import Embedding
 
     if layer == "backbone":
         return checkpoint.load_backbone(spec)

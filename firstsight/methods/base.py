@@ -50,24 +50,3 @@ class Method(nn.Module, ABC):
 
     def after_step(self, progress: float, lr: float) -> None:
         """Called after the optimiser: moving averages, row updates."""
-
-
-class Embedding(Backbone):
-    """A backbone whose features are the embedding that its method compared."""
-
-    def __init__(self, backbone: Backbone, projector: nn.Module) -> None:
-        super().__init__()
-        self.name, self.stem = backbone.name, backbone.stem
-        self.stride, self.map_width = backbone.stride, backbone.map_width
-        self.backbone, self.projector = backbone, projector
-        last = [m for m in projector.modules() if isinstance(m, nn.Linear)][-1]
-        self.width = last.out_features
-
-    def feature_map(self, images: Tensor) -> Tensor:
-        """(B, C, h, w), of the backbone."""
-        return self.backbone.feature_map(images)
-
-    def features(self, images: Tensor) -> Tensor:
-        """(B, D) embeddings."""
-        embedding: Tensor = self.projector(self.backbone.features(images))
-        return embedding
