@@ -74,9 +74,8 @@ class Steps(Dataset[Any]):
             crops[part], flips[part] = drawn.crops, drawn.flips
             for b, image in enumerate(images):
                 for v, picture in enumerate(pictures):
-                    apply(
-                        image, drawn, b, v, sizes[v], self.views.interpolation, picture[start + b]
-                    )
+                    how = (sizes[v], self.views.interpolation, picture[start + b], self.views.mean)
+                    apply(image, drawn, b, v, *how)
         labels = self.source.labels
         return Batch(
             views=tuple(_channels_first(picture) for picture in pictures),

@@ -149,3 +149,23 @@ def test_zeroed_residuals_leave_the_identity_and_spare_what_is_trained():
     basic = backbones.build("resnet18", size=32)
     backbones.zero_residuals(basic)
     assert not any(block.bn2.weight.any() for block in basic.layer4)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "parameters"),
+    [
+        ("timm:mobilenetv3_small_100", 1024, 1_517_856),
+        ("timm:mobilenetv3_large_100", 1280, 4_202_032),
+        ("timm:efficientnet_b0", 1280, 4_007_548),
+        ("resnet18", 512, 11_176_512),
+        ("timm:deit_tiny_patch16_224", 192, None),  # 3 heads; the published one has 6
+    ],
+)
+def test_the_small_networks_of_ssl_small_are_here_and_train(name, width, parameters):
+    backbone = backbones.build(name, size=64)
+    assert backbone.width == width
+    if parameters:
+        assert sum(p.numel() for p in backbone.parameters()) == parameters
+    backbone(torch.randn(4, 3, 64, 64)).square().mean().backward()
+    trained = [p.grad is not None for p in backbone.parameters()]
+    assert all(trained)

@@ -26,6 +26,9 @@ PUBLISHED = {
     "mocov2-800ep": (800, 256, 0.03, 1e-4),
     "mocov2-pic-100ep": (100, 256, 0.03, 1e-4),
     "mocov2-pic-200ep": (200, 256, 0.03, 1e-4),
+    "mocov2-ssl-small-200ep": (200, 256, 0.03, 1e-4),
+    "mocov2-ssl-small-improved-200ep": (200, 512, 0.06, 1e-4),
+    "mocov2-ssl-small-improved-800ep": (800, 512, 0.06, 1e-4),
     "mocov2-cifar10": (200, 512, 0.06, 5e-4),
     "mocov2-cifar10-symmetric": (200, 512, 0.06, 5e-4),
     "pic-200ep": (200, 256, 0.03, 1e-4),
@@ -44,6 +47,10 @@ PUBLISHED = {
     "mocov3-300ep": (300, 4096, 4.8, 1e-6),
     "mocov3-1000ep": (1000, 4096, 4.8, 1.5e-6),
     "mocov3-vits16-300ep": (300, 4096, 2.4e-3, 0.1),
+    "scrl-200ep": (200, 8192, 14.4, 1e-6),
+    "scrl-1000ep": (1000, 8192, 6.4, 1.5e-6),
+    "seed-200ep": (200, 256, 0.03, 1e-4),
+    "seed-multicrop-200ep": (200, 256, 0.03, 1e-4),
     "simclr-100ep": (100, 4096, 4.8, 1e-6),
     "simclr-1000ep": (1000, 4096, 4.8, 1e-6),
     "simclr-pic-100ep": (100, 256, 0.3, 1e-6),
@@ -103,7 +110,9 @@ def test_a_recipe_trains_as_published(name):
 def test_a_recipe_builds(name):
     recipe = recipes.read(name)
     network = "timm:test_vit" if "vit" in recipe.values["backbone"] else NETWORK
-    config = resolved(name, backbone=network, stem="standard")
+    teacher = {"teacher": f"random:{NETWORK}", "teacher_layer": "backbone"}
+    own = {"method": teacher} if recipe.method == "seed" else {}  # it names none itself
+    config = resolved(name, backbone=network, stem="standard", **own)
     with torch.device("meta"):  # shapes without values: heads of hundreds of megabytes
         method = methods.build(recipe.method, config, 1000)
     for key, value in recipe.values["method"].items():

@@ -55,7 +55,9 @@ def config(name: str, out: Path, **values: Any) -> Pretrain:
         "threads": 1,
         "device": "cpu",
     }
-    small = {"queue_size": 20, "hidden": 32, "dim": 16, "prototypes": 24}
+    small: dict[str, Any] = {"queue_size": 20, "hidden": 32, "dim": 16, "prototypes": 24}
+    small |= {"min_size": 8, "aligned": True}  # of boxes on a map of one cell
+    small |= {"teacher": f"random:{NETWORK}", "teacher_layer": "backbone"}
     known = {f.name for f in dataclasses.fields(own)}
     base["method"] = {k: v for k, v in small.items() if k in known} | values.pop("method", {})
     return begun(defaults, own, base | values, "test")

@@ -193,6 +193,27 @@ class Timm(Backbone):
         return x.permute(0, 3, 1, 2) if x.shape[1] != self.map_width else x
 
 
+class Embedding(Backbone):
+    """A backbone whose features are the embedding that its method compared."""
+
+    def __init__(self, backbone: Backbone, projector: nn.Module) -> None:
+        super().__init__()
+        self.name, self.stem = backbone.name, backbone.stem
+        self.stride, self.map_width = backbone.stride, backbone.map_width
+        self.backbone, self.projector = backbone, projector
+        last = [m for m in projector.modules() if isinstance(m, nn.Linear)][-1]
+        self.width = last.out_features
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """(B, C, h, w), of the backbone."""
+        return self.backbone.feature_map(images)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, D) embeddings."""
+        embedding: Tensor = self.projector(self.backbone.features(images))
+        return embedding
+
+
 def _near_timm(name: str) -> list[str]:
     import difflib
 
@@ -281,10 +302,11 @@ def refuse_sides(backbone: Backbone, sides: Iterable[int]) -> None:
 
 
 def compile_all(module: nn.Module) -> None:
-    """Let torch compile the forward pass of every backbone in `module`; their keys stay."""
+    """Let torch compile the passes of every backbone in `module`; their keys stay."""
     compilers = filter(None, (os.environ.get("CXX"), "g++", "clang++", "cl"))
     if not any(map(shutil.which, compilers)):
         raise UserError("--compile needs a C++ compiler (g++ or clang++); leave out --compile")
     for backbone in module.modules():
         if isinstance(backbone, Backbone):
             backbone.compile()
+            backbone.feature_map = torch.compile(backbone.feature_map)  # type: ignore[method-assign]

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
-from firstsight import checkpoint, distributed, methods
-from firstsight.backbones import Backbone
-from firstsight.errors import UserError
+from firstsight import distributed, methods
 from firstsight.features import Reader, extract, subset
 from firstsight.metrics import Metric, Weighting, knn_accuracy
-from firstsight.settings import Pretrain, merged, read_yaml
 from firstsight.sources import fetch, open_source
 from firstsight.sources.base import common_labels
-from firstsight.views import Views
 
 
 def knn(
@@ -48,7 +40,7 @@ def knn(
     """
     began = time.perf_counter()
     where = distributed.start(device, threads)
-    backbone, about = _network(checkpoint_spec, layer)
+    backbone, about = methods.network(checkpoint_spec, layer, "--layer")
     reader = Reader.like(about, size, precision=precision, batch_size=batch_size, workers=workers)
     backbone.to(where)
     if download:
@@ -90,42 +82,3 @@ def knn(
         "unreadable": {"train": bank.unreadable, "test": queries.unreadable},
         "seconds": round(time.perf_counter() - began, 1),
     }
-
-
-class _Embedding(Backbone):
-    """A backbone whose features are the embedding that its method compared."""
-
-    def __init__(self, backbone: Backbone, projector: torch.nn.Module) -> None:
-        super().__init__()
-        self.name, self.stem = backbone.name, backbone.stem
-        self.stride = backbone.stride
-        self.backbone, self.projector = backbone, projector
-        last = [m for m in projector.modules() if isinstance(m, torch.nn.Linear)][-1]
-        self.width = last.out_features
-
-    def feature_map(self, images: Tensor) -> Tensor:
-        return self.backbone.feature_map(images)
-
-    def features(self, images: Tensor) -> Tensor:
-        embedding: Tensor = self.projector(self.backbone.features(images))
-        return embedding
-
-
-def _network(spec: str, layer: str) -> tuple[Backbone, dict[str, Any]]:
-    if layer == "backbone":
-        return checkpoint.load_backbone(spec)
-    folder = Path(spec)
-    if not (folder / "config.yaml").exists():
-        raise UserError(f"--layer embedding needs a run folder, and {spec} is none")
-    values = read_yaml(folder / "config.yaml")
-    name = str(values.pop("name"))
-    _, _, settings = methods.describe(name)
-    config = merged(Pretrain(data="", views=Views(), method=settings), values, str(folder))
-    state, _ = checkpoint.newest(folder / "checkpoints")
-    if state is None:
-        raise UserError(f"{folder} holds no checkpoint yet")
-    method = methods.build(name, config, 1)
-    checkpoint.load_state(method, state["method"], folder)
-    if not hasattr(method, "projector"):
-        raise UserError(f"{name} has no projector; use --layer backbone")
-    return _Embedding(method.backbone, method.get_submodule("projector")).eval(), state["about"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import sys
@@ -11,11 +12,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 from firstsight.errors import UserError, unknown
-from firstsight.settings import shallow
+from firstsight.settings import Pretrain, merged, read_yaml, shallow
+from firstsight.views import Views
 
 if TYPE_CHECKING:
+    from firstsight.backbones import Backbone
     from firstsight.methods.base import Method
-    from firstsight.settings import Pretrain
 
 _HERE = Path(__file__).parent
 
@@ -72,6 +74,38 @@ def build(name: str, config: Pretrain, images: int) -> Method:
     if config.batch_norm == "global":
         global_batch_norm(method)
     return method
+
+
+def network(spec: str, layer: str, flag: str) -> tuple[Backbone, dict[str, Any]]:
+    """The `backbone` of a CHECKPOINT, or with the `embedding` of its run as features, at rest.
+
+    Also what is known about it. `flag` is what names the layer on the command line, for errors.
+    """
+    import torch
+
+    from firstsight import checkpoint
+    from firstsight.backbones import Embedding
+
+    if layer == "backbone":
+        return checkpoint.load_backbone(spec)
+    folder = Path(spec)
+    if not (folder / "config.yaml").exists():
+        raise UserError(
+            f"{flag} embedding needs a run folder, and {spec} is none; use {flag} backbone"
+        )
+    values = read_yaml(folder / "config.yaml")
+    name = str(values.pop("name"))
+    _, _, settings = describe(name)
+    config = merged(Pretrain(data="", views=Views(), method=settings), values, str(folder))
+    state, _ = checkpoint.newest(folder / "checkpoints")
+    if state is None:
+        raise UserError(f"{folder} holds no checkpoint yet")
+    with torch.random.fork_rng(devices=[]):
+        method = build(name, dataclasses.replace(config, init="", init_policy="backbone"), 1)
+    checkpoint.load_state(method, state["method"], folder)
+    if not hasattr(method, "projector"):
+        raise UserError(f"{name} has no projector; use {flag} backbone")
+    return Embedding(method.backbone, method.get_submodule("projector")).eval(), state["about"]
 
 
 def describe(name: str) -> tuple[str, Any, Any]:

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from firstsight import distributed
 from firstsight.backbones import Backbone
@@ -25,6 +25,7 @@ from firstsight.errors import require_positive, require_share
 from firstsight.methods.base import Method, Output
 from firstsight.nets import MomentumEncoder, Queue, full, uncast
 from firstsight.norms import among_others, split_batch_norm
+from firstsight.projectors import contrastive
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # Chen et al., section 3, and the authors' code
@@ -51,8 +52,9 @@ class Config:
     """Divides cosine similarities; smaller is sharper."""
     symmetric: bool = False
     """Each view is query and key in turn, and the two losses are summed."""
-    projector: Literal["mlp", "linear"] = "mlp"
-    """Two layers, or one as in MoCo v1 and in the authors' CIFAR-10 demo."""
+    projector: Literal["mlp", "linear", "none", "simple", "deep", "dropout", "wide"] = "mlp"
+    """Two layers, or one as in MoCo v1 and in the authors' CIFAR-10 demo; or ssl-small's: none (is
+    linear), simple (is mlp), deep (three layers), dropout (half of mlp's), wide (twice mlp's)."""
     splits: int = 1
     """Parts of each rank's batch with batch-norm statistics of their own; 8 emulates 8 devices."""
 
@@ -81,11 +83,7 @@ class MoCoV2(Method):
     def __init__(self, config: Config, backbone: Backbone, images: int) -> None:
         super().__init__(config, backbone, images)
         self.config = config
-        last = nn.Linear(backbone.width, config.dim)
-        self.projector: nn.Module = last
-        if config.projector == "mlp":  # biases on, no batch-norm
-            first = nn.Linear(backbone.width, backbone.width)
-            self.projector = nn.Sequential(first, nn.ReLU(inplace=True), last)
+        self.projector = contrastive(config.projector, backbone.width, config.dim)
         if config.splits > 1:
             split_batch_norm(self.backbone, config.splits)
         self.momentum_encoder = MomentumEncoder(self.backbone, self.projector)

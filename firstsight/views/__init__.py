@@ -63,6 +63,9 @@ class Views:
     """Blur: largest standard deviation, pixels of the view."""
     solarize: tuple[float, ...] = (0.0,)
     """Probability, for each view, of inverting all values from 128 up."""
+    hide: float = 0.0
+    """Probability of Hide-and-Seek: cells of a grid of 4, 8 or 16 a side become the mean colour,
+    each with probability 0.5; ssl-small has 0.75."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Subtracted from each channel, values in 0 to 1."""
     std: tuple[float, float, float] = IMAGENET_STD
@@ -97,7 +100,7 @@ class Views:
                 )
         if not 0 < self.min_ratio <= 1:
             raise UserError(f"--views.min-ratio {self.min_ratio} is not in (0, 1]")
-        for name in ("flip", "jitter", "gray"):
+        for name in ("flip", "jitter", "gray", "hide"):
             _within(name, (getattr(self, name),), 0, 1)
         for name in ("blur", "solarize"):
             _within(name, getattr(self, name), 0, 1)
@@ -162,6 +165,13 @@ def _within(name: str, values: tuple[float, ...], low: float, high: float | None
             raise UserError(f"--{_flag(name)} {value} is out of range; choose a value {allowed}")
 
 
+_BYOL = Views(
+    min_scale=(0.08,),
+    interpolation="bicubic",
+    saturation=0.2,
+    blur=(1.0, 0.1),
+    solarize=(0.0, 0.2),
+)
 _PIC = Views(counts=(1,), min_scale=(0.08,), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
 
 PRESETS: Mapping[str, Views] = MappingProxyType(
@@ -178,13 +188,9 @@ PRESETS: Mapping[str, Views] = MappingProxyType(
             saturation=0.8,
             hue=0.2,
         ),
-        "byol": Views(
-            min_scale=(0.08,),
-            interpolation="bicubic",
-            saturation=0.2,
-            blur=(1.0, 0.1),
-            solarize=(0.0, 0.2),
-        ),
+        "byol": _BYOL,
+        # differs from the authors' code: there blur is a resize down and up again.
+        "scrl": replace(_BYOL, min_scale=(0.2,)),  # smaller crops would share too little
         # One view, the colours of MoCo v1.
         "instdisc": Views(counts=(1,), jitter=1.0, hue=0.4, blur=(0.0,)),
         # One view, the colours of SimCLR; and a large crop with three small ones.
@@ -213,6 +219,11 @@ PRESETS: Mapping[str, Views] = MappingProxyType(
             saturation=0.2,
             blur=(1.0, 0.1, 0.5),
             solarize=(0.0, 0.2, 0.0),
+        ),
+        # One view, the colours of MoCo v2, for teacher and student; and with six small crops.
+        "seed": Views(counts=(1,)),
+        "seed-multicrop": Views(
+            counts=(1, 6), sizes=(224, 96), min_scale=(0.14, 0.05), max_scale=(1.0, 0.14)
         ),
         # Small images: the CIFAR-10 demo of MoCo, whose crops keep torchvision's default range.
         "mocov2-small": Views(min_scale=(0.08,), blur=(0.0,), mean=CIFAR_MEAN, std=CIFAR_STD),

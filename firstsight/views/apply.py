@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from firstsight.views import Interpolation
+from firstsight.views import IMAGENET_MEAN, Interpolation
 from firstsight.views.draw import BRIGHTNESS, CONTRAST, SATURATION, Drawn
 
 Pixels = NDArray[np.uint8]
@@ -37,10 +37,12 @@ def apply(
     size: int,
     interpolation: Interpolation = "bilinear",
     out: Pixels | None = None,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
 ) -> Pixels:
     """View `v` of image `b` of the batch, (size, size, 3) uint8, into `out` where that is given.
 
-    Order: crop and resize, flip, jitter in the drawn order, grey, blur, solarize.
+    Order: crop and resize, flip, jitter in the drawn order, grey, blur, solarize, hide. What is
+    hidden has the colour `mean`, values in 0 to 1.
     """
     view = crop_resize(pixels, drawn.crops[b, v].tolist(), size, interpolation, out)
     if drawn.flips[b, v]:
@@ -62,6 +64,8 @@ def apply(
         gaussian_blur(view, float(drawn.sigmas[b, v]), view)
     if drawn.solarize[b, v]:
         solarize(view, view)
+    if drawn.hidden[b, v].any():
+        hide(view, drawn.hidden[b, v], mean)
     return view
 
 
@@ -188,6 +192,17 @@ def gaussian_blur(pixels: Pixels, sigma: float, out: Pixels | None = None) -> Pi
 def solarize(pixels: Pixels, out: Pixels | None = None) -> Pixels:
     """Values from 128 up inverted. Reference: Pillow's `ImageOps.solarize`, exactly."""
     return _array(cv2.min(pixels, cv2.bitwise_not(pixels), dst=out))
+
+
+def hide(pixels: Pixels, cells: NDArray[np.bool_], mean: tuple[float, float, float]) -> None:
+    """Give all pixels of `cells` (n, n), laid over the whole view, the colour `mean`, in place.
+
+    Reference: zeros after normalisation, in a mask resized by nearest neighbour (ssl-small); here
+    the mean is rounded to whole values, 0.01 standard deviations away at most.
+    """
+    height, width = pixels.shape[:2]
+    rows, columns = np.arange(height) * len(cells) // height, np.arange(width) * len(cells) // width
+    pixels[cells[rows][:, columns]] = np.rint(np.array(mean) * 255).astype(np.uint8)
 
 
 def eval_view(pixels: Pixels, size: int, interpolation: Interpolation = "bilinear") -> Pixels:

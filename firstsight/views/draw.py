@@ -28,6 +28,11 @@ _LEFT, _TOP, _FLIP, _JITTER, _ORDER = range(20, 25)
 _FACTORS = 25
 _GRAY, _BLUR, _SIGMA, _SOLARIZE = range(29, 33)
 _SLOTS = np.arange(33)
+_HIDE, _GRID = 33, 34
+_CELLS = 35  # and all after it: one for each cell of the finest grid
+
+HIDDEN = 16
+"""Cells a side of the finest grid of Hide-and-Seek; coarser ones are 8 and 4."""
 
 _ORDERS = np.array(list(permutations(range(4))), dtype=np.int64)
 
@@ -52,6 +57,8 @@ class Drawn:
     """(B, V) standard deviation of the blur, pixels of the view; 0 is no blur."""
     solarize: NDArray[np.bool_]
     """(B, V) values from 128 up are inverted."""
+    hidden: NDArray[np.bool_]
+    """(B, V, 16, 16) cells that show the mean colour."""
 
 
 def draw(
@@ -93,7 +100,26 @@ def draw(
         gray=u[..., _GRAY] < views.gray,
         sigmas=np.where(u[..., _BLUR] < np.array(views.blurs), sigmas, 0.0),
         solarize=u[..., _SOLARIZE] < np.array(views.solarizes),
+        hidden=_hidden(views, (seed, salt, epoch, index[:, None, None])),
     )
+
+
+def _hidden(views: Views, key: tuple[ArrayLike, ...]) -> NDArray[np.bool_]:
+    """(B, V, 16, 16): Hide-and-Seek (Kumar Singh and Lee 2017, https://arxiv.org/abs/1704.04232).
+
+    As ssl-small draws it: for each view a grid, for each of its cells a coin.
+    """
+    count = len(np.asarray(key[-1]))
+    if views.hide == 0:
+        return np.zeros((count, views.total, HIDDEN, HIDDEN), bool)
+    slots = np.arange(_HIDE, _CELLS + HIDDEN**2)
+    u = keyed.uniform(*key, np.arange(views.total)[:, None], slots)  # (B, V, slots)
+    coins = (u[..., _CELLS - _HIDE :] < 0.5).reshape(count, views.total, HIDDEN, HIDDEN)
+    width = 2 ** (u[..., _GRID - _HIDE] * 3).astype(np.int64)  # (B, V): 1, 2 or 4 cells become one
+    cell = np.arange(HIDDEN) // width[..., None]  # (B, V, 16)
+    first = np.take_along_axis(coins, cell[..., :, None], axis=2)
+    hidden = np.take_along_axis(first, cell[..., None, :], axis=3)
+    return hidden & (u[..., 0, None, None] < views.hide)
 
 
 def _crops(views: Views, sizes: NDArray[np.int64], u: NDArray[np.float64]) -> NDArray[np.int64]:

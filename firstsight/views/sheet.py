@@ -42,7 +42,7 @@ def sheet(
         for drawn in drawings:
             cells = [_original(image, drawn.crops[b], max(sides))]
             for v, side in enumerate(sides):
-                view = apply(image, drawn, b, v, side, views.interpolation)
+                view = apply(image, drawn, b, v, side, views.interpolation, mean=views.mean)
                 cells.append(_framed(view, bool(drawn.flips[b, v]), _colour(v)))
             rows.append(_beside(cells))
     return _below(rows)

@@ -8,6 +8,7 @@ from firstsight.backbones import build
 from firstsight.batch import Batch
 from firstsight.errors import UserError
 from firstsight.methods.mocov2 import Config, MoCoV2, info_nce
+from firstsight.projectors import contrastive
 from tests.tiny import NETWORK
 
 
@@ -142,3 +143,39 @@ def test_no_key_is_a_negative_of_its_own_step():
     # queries equal keys at the start, similarity 1; all negatives have similarity 0
     expected = -math.log(math.exp(5) / (math.exp(5) + 24))
     assert moco(twin).loss.item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("linear", [(7, 5)]),
+        ("none", [(7, 5)]),
+        ("mlp", [(7, 7), (7, 5)]),
+        ("simple", [(7, 7), (7, 5)]),
+        ("deep", [(7, 7), (7, 7), (7, 5)]),
+        ("dropout", [(7, 7), (7, 5)]),
+        ("wide", [(7, 14), (14, 5)]),
+    ],
+)
+def test_projectors_are_those_of_moco_and_ssl_small(kind, sizes):
+    """What each computes, from its own weights, layer by layer."""
+    torch.manual_seed(0)
+    head, x = contrastive(kind, 7, 5), torch.randn(4, 7)
+    layers = [m for m in head.modules() if isinstance(m, torch.nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in layers] == sizes
+    assert all(layer.bias is not None for layer in layers)
+    expected = x
+    for layer in layers[:-1]:
+        expected = (expected @ layer.weight.T + layer.bias).clamp_min(0)
+    expected = expected @ layers[-1].weight.T + layers[-1].bias
+    torch.testing.assert_close(head.eval()(x), expected)
+    head.train()
+    torch.manual_seed(1)
+    assert torch.allclose(head(x), expected) == (kind != "dropout")
+    dropped = [m.p for m in head.modules() if isinstance(m, torch.nn.Dropout)]
+    assert dropped == ([0.5] if kind == "dropout" else [])
+
+
+def test_the_wide_head_has_the_published_size():
+    for width, total in ((1024, 2_361_472), (1280, 3_607_168), (512, 656_512), (192, 123_392)):
+        assert sum(p.numel() for p in contrastive("wide", width, 128).parameters()) == total

@@ -279,6 +279,7 @@ def drawn_by_hand(box, flip=False, **changes):
         "gray": np.array([[False]]),
         "sigmas": np.array([[0.0]]),
         "solarize": np.array([[False]]),
+        "hidden": np.zeros((1, 1, 16, 16), bool),
     }
     return Drawn(**(neutral | changes))
 
@@ -357,3 +358,19 @@ def test_the_evaluation_view_is_that_of_torchvision(source, size, side, interpol
 def test_the_evaluation_policy_says_what_is_done():
     assert eval_policy(224) == "resize 256 (antialiased bilinear), centre crop 224"
     assert eval_policy(32, "bicubic") == "resize 32 (antialiased bicubic), centre crop 32"
+
+
+def test_hidden_cells_are_the_mean_and_others_what_they_were():
+    """As ssl-small: a mask of cells by nearest neighbour, zeros after normalisation."""
+    pixels = generated(3, 64, 64)
+    cells = np.random.default_rng(0).random((16, 16)) < 0.5
+    for side in (64, 60):
+        box = (0, 0, 64, 64)
+        plain = apply(pixels, drawn_by_hand(box), 0, 0, side)
+        drawn = drawn_by_hand(box, hidden=cells[None, None])
+        view = apply(pixels, drawn, 0, 0, side, mean=(0.1, 0.5, 0.9))
+        for y in range(side):
+            for x in range(side):
+                hidden = cells[y * 16 // side, x * 16 // side]
+                want = [26, 128, 230] if hidden else plain[y, x].tolist()  # halves go to even
+                assert view[y, x].tolist() == want

@@ -243,3 +243,34 @@ def test_draws_never_change_from_one_version_to_the_next():
     drawn = draw(PRESETS["byol"], [[500, 375]], seed=0, epoch=0, index=[0])
     assert drawn.crops.tolist() == [[[31, 13, 351, 312], [222, 54, 443, 284]]]
     assert drawn.sigmas[0, 0] == pytest.approx(0.39260613, abs=1e-8)
+
+
+def test_hide_and_seek_hides_half_of_the_cells_of_one_of_three_grids():
+    views = Views(hide=0.75)
+    sizes = [(64, 64)] * 3000
+    hidden = draw(views, sizes, seed=0, epoch=0, index=np.arange(3000)).hidden  # (B, 2, 16, 16)
+    untouched = ~hidden.any(axis=(2, 3))
+    assert_share(untouched[:, 0], 0.25)
+    assert not np.array_equal(hidden[:, 0], hidden[:, 1])
+    coarse = [
+        np.array([h.repeat(w, 0).repeat(w, 1) for h in hidden[:, 0, ::w, ::w]]) for w in (4, 2)
+    ]
+    fours = (coarse[0] == hidden[:, 0]).all(axis=(1, 2)) & ~untouched[:, 0]
+    eights = (coarse[1] == hidden[:, 0]).all(axis=(1, 2)) & ~untouched[:, 0] & ~fours
+    sixteens = ~(fours | eights | untouched[:, 0])
+    for grid in (fours, eights, sixteens):
+        assert_share(grid, 0.25)
+    for grid, width in ((fours, 4), (eights, 2), (sixteens, 1)):
+        assert_share(hidden[grid, 0, ::width, ::width], 0.5)
+
+
+def test_hiding_is_off_and_changes_no_other_draw():
+    sizes = [(64, 48)] * 20
+    plain = draw(Views(), sizes, seed=0, epoch=0, index=np.arange(20))
+    hiding = draw(Views(hide=1.0), sizes, seed=0, epoch=0, index=np.arange(20))
+    assert not plain.hidden.any() and hiding.hidden.any(axis=(2, 3)).all()
+    for field in fields(plain):
+        if field.name != "hidden":
+            assert np.array_equal(getattr(plain, field.name), getattr(hiding, field.name))
+    alone = draw(Views(hide=1.0), sizes[:1], seed=0, epoch=0, index=[7])
+    assert np.array_equal(alone.hidden[0], hiding.hidden[7])

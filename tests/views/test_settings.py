@@ -57,8 +57,12 @@ def test_presets_are_those_of_the_papers():
         v = PRESETS[name]
         return v.jitter, v.brightness, v.contrast, v.saturation, v.hue
 
-    pairs = {"mocov1", "mocov2", "simclr", "byol", "mocov2-small", "simclr-small"}
-    assert set(PRESETS) == pairs | {"swav", "dino"}
+    assert {"mocov1", "mocov2", "simclr", "byol", "mocov2-small", "simclr-small"} < set(PRESETS)
+    assert PRESETS["scrl"] == replace(PRESETS["byol"], min_scale=(0.2,))
+    assert PRESETS["seed"] == replace(PRESETS["mocov2"], counts=(1,))
+    crops = PRESETS["seed-multicrop"]
+    assert crops.sides(224) == (224, *(96,) * 6)
+    assert crops.scales == ((0.14, 1.0), *((0.05, 0.14),) * 6)
     assert jitter("mocov1") == (1.0, 0.4, 0.4, 0.4, 0.4)
     assert jitter("mocov2") == (0.8, 0.4, 0.4, 0.4, 0.1)
     assert jitter("simclr") == (0.8, 0.8, 0.8, 0.8, 0.2)
