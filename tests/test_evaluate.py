@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from firstsight import load_backbone, run
+from firstsight import load_backbone, methods, run
 from firstsight.errors import UserError
 from firstsight.evaluate import knn
-from firstsight.evaluate.knn import _network
 from firstsight.sources import open_source
 from firstsight.views.apply import eval_policy, eval_view
 from tests.tiny import config
@@ -32,7 +31,7 @@ def test_the_reading_of_the_run_is_the_reading_of_the_command(finished):
 
 
 def test_the_embedding_is_the_projector_of_the_same_features(finished):
-    whole, _ = _network(str(finished), "embedding")
+    whole, _ = methods.network(str(finished), "embedding", "--layer")
     backbone = load_backbone(str(finished))
     assert whole.width == 16  # of tests.tiny
     images = torch.randn(3, 3, 32, 32)
@@ -48,6 +47,12 @@ def test_the_embedding_is_the_projector_of_the_same_features(finished):
     assert by_layer[1]["images"] == {"train": 32, "test": 30}
     with pytest.raises(UserError, match="needs a run folder"):
         knn("random:resnet18", train="scenes:train@9", test="scenes:test@9", layer="embedding")
+
+
+def test_the_embedding_of_a_method_with_a_row_for_each_image(tmp_path):
+    run.pretrain("pic", config("pic", tmp_path, data="scenes:train@16", epochs=0.5))
+    embedding, _ = methods.network(str(tmp_path), "embedding", "--layer")
+    assert embedding(torch.randn(2, 3, 32, 32)).shape == (2, 16)
 
 
 def test_every_saved_form_of_a_run_is_the_same_backbone(finished):

@@ -102,9 +102,15 @@ def network(spec: str, layer: str, flag: str) -> tuple[Backbone, dict[str, Any]]
         raise UserError(f"{folder} holds no checkpoint yet")
     with torch.random.fork_rng(devices=[]):
         method = build(name, dataclasses.replace(config, init="", init_policy="backbone"), 1)
-    checkpoint.load_state(method, state["method"], folder)
     if not hasattr(method, "projector"):
         raise UserError(f"{name} has no projector; use {flag} backbone")
+    for part in ("backbone", "projector"):  # not what is as long as the source
+        weights = {
+            key.removeprefix(f"{part}."): value
+            for key, value in state["method"].items()
+            if key.startswith(f"{part}.")
+        }
+        checkpoint.load_state(method.get_submodule(part), weights, folder)
     return Embedding(method.backbone, method.get_submodule("projector")).eval(), state["about"]
 
 
