@@ -6,7 +6,7 @@ import torch
 from firstsight import load_backbone, run
 from firstsight.errors import UserError
 from firstsight.evaluate import knn
-from firstsight.evaluate.knn import _network
+from firstsight.methods import network
 from firstsight.sources import open_source
 from firstsight.views.apply import eval_policy, eval_view
 from tests.tiny import config
@@ -32,7 +32,7 @@ def test_the_reading_of_the_run_is_the_reading_of_the_command(finished):
 
 
 def test_the_embedding_is_the_projector_of_the_same_features(finished):
-    whole, _ = _network(str(finished), "embedding")
+    whole, _ = network(str(finished, "--layer"), "embedding")
     backbone = load_backbone(str(finished))
     assert whole.width == 16  # of tests.tiny
     images = torch.randn(3, 3, 32, 32)
