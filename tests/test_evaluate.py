@@ -32,7 +32,7 @@ def test_the_reading_of_the_run_is_the_reading_of_the_command(finished):
 
 
 def test_the_embedding_is_the_projector_of_the_same_features(finished):
-    whole, _ = network(str(finished, "--layer"), "embedding")
+    whole, _ = network(str(finished), "embedding", "--layer")
     backbone = load_backbone(str(finished))
     assert whole.width == 16  # of tests.tiny
     images = torch.randn(3, 3, 32, 32)
