@@ -9,7 +9,7 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -17,6 +17,18 @@ from firstsight import settings
 from firstsight.errors import UserError
 
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every command that computes can be told."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute."""
+    threads: int = 0
+    """CPU threads for arithmetic; 0: one for each core."""
+    seed: int = 0
+    """Decides everything that is random."""
 
 
 def parsed(kind: type[T], args: list[str], prog: str) -> T:

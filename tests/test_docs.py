@@ -120,6 +120,10 @@ def small(args):
     if args == ["pretrain"]:  # lists the methods
         return args
     args = [re.sub(r"^(scenes:\w+)(@\d+)?$", rf"\1@{SCENES}", word) for word in args]
+    if "--k" in args:  # no more neighbours than scenes
+        at = args.index("--k") + 1
+        for place in itertools.takewhile(lambda i: args[i].isdigit(), range(at, len(args))):
+            args[place] = str(min(int(args[place]), SCENES))
     if args[0] == "pretrain" and "--epochs" in args:
         at = args.index("--epochs") + 1
         args[at] = str(min(float(args[at]), MOST_EPOCHS))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from firstsight import checkpoint, distributed, keyed
 from firstsight.backbones import Backbone
 from firstsight.errors import UserError, require_positive, require_share, unknown
-from firstsight.features import Reader, Seen, extract, pooled
+from firstsight.features import Reader, Seen, extract, pooled, refuse_unusable
 from firstsight.heads import Descent, Heads
 from firstsight.loader import Steps, batches
 from firstsight.log import Meter, say
@@ -304,7 +304,7 @@ def untouched(backbone: Backbone) -> Iterator[None]:
 
 def cached(seen: Seen, classes: int, how: Protocol, seed: int) -> dict[str, Any]:
     """Accuracy of the setting that a held-out part of the training images chooses."""
-    _refuse_unusable(seen)
+    refuse_unusable(seen.train, seen.test)
     figures: dict[str, Any] = {}
     prepare = prepared(seen.train, how.representation)
     settings = how.settings
@@ -388,13 +388,6 @@ def _rows(seen: Seen, index: Tensor, batch_size: int, seed: int) -> Iterator[tup
         shuffled = index[torch.randperm(len(index), generator=generator)]
         for rows in torch.split(shuffled, batch_size):
             yield seen.train[rows], seen.train_labels[rows]
-
-
-def _refuse_unusable(seen: Seen) -> None:
-    if not (seen.train.isfinite().all() and seen.test.isfinite().all()):
-        raise UserError("some features are not numbers: take an earlier checkpoint or snapshot")
-    if len(seen.train) and (seen.train == seen.train[0]).all():
-        say("all training images have the same features: the backbone has collapsed")
 
 
 # As published

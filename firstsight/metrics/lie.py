@@ -54,7 +54,7 @@ def uniformity(x: Tensor, temperature: float = 2.0) -> float:
     units = _units(x)
     if len(units) < 2:
         return math.nan
-    tiles = units.split(_TILE)
+    tiles = torch.split(units, _TILE)
     level, total = units.new_tensor(-2 * temperature), 0.0
     for row, a in enumerate(tiles):
         for column, b in enumerate(tiles[row:], start=row):
@@ -73,7 +73,7 @@ def sampled_uniformity(
     rows of any `x` of so many. Theirs is unseeded. Fewer images than that make fewer parts.
     """
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
-    parts = [part for part in order[: subsets * size].split(size) if len(part) > 1]
+    parts = [part for part in torch.split(order[: subsets * size], size) if len(part) > 1]
     return sum(uniformity(x[part], temperature) for part in parts) / len(parts)
 
 
@@ -128,9 +128,10 @@ def spectrum(x: Tensor) -> Tensor:
     """
     step = 4 * x.shape[1]
     triangle = x.new_zeros((0, x.shape[1]), dtype=torch.float64)
-    for part in x.split(step):
+    for part in torch.split(x, step):
         triangle = torch.linalg.qr(torch.cat([triangle, part.double()]), mode="r").R
-    return torch.linalg.svdvals(triangle)
+    values: Tensor = torch.linalg.svdvals(triangle)
+    return values
 
 
 def effective_rank(x: Tensor) -> float:
@@ -155,7 +156,8 @@ def lidar(views: Tensor, delta: float = 1e-4) -> float:
     centres = views.double().mean(dim=1)  # (N, D)
     between = centres - centres.mean(dim=0)
     within = torch.zeros_like(between[0].outer(between[0]))
-    for part, centre in zip(views.split(_TILE), centres.split(_TILE), strict=True):
+    pairs = zip(torch.split(views, _TILE), torch.split(centres, _TILE), strict=True)
+    for part, centre in pairs:
         away = (part.double() - centre[:, None]).flatten(0, 1)
         within += away.T @ away
     within = within / (views.shape[0] * views.shape[1])

@@ -37,7 +37,7 @@ def nearest(
         train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     k = min(k, len(train) - (own is not None))
     rows = max(1, _CHUNK_BYTES // (4 * len(train)))
-    for start, block in zip(range(0, len(test), rows), test.split(rows), strict=True):
+    for start, block in zip(range(0, len(test), rows), torch.split(test, rows), strict=True):
         if metric == "cosine":
             closeness = block @ train.T
         else:
@@ -113,7 +113,7 @@ def represented(
 def _less_own_means(x: Tensor, batch_size: int, seed: int) -> Tensor:
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
     shifted = torch.empty_like(x)
-    for rows in order.split(batch_size):
+    for rows in torch.split(order, batch_size):
         shifted[rows] = x[rows] - x[rows].mean(dim=0)
     return shifted
 
