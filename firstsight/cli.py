@@ -14,7 +14,7 @@ import tyro
 
 from firstsight import methods, recipes, settings
 from firstsight.cli_data import data
-from firstsight.cli_judge import evaluate
+from firstsight.cli_judge import diagnose, embed, evaluate
 from firstsight.errors import UserError, unknown
 from firstsight.flags import Common, config_file, flagged, parsed, peeked, taken
 from firstsight.log import is_first
@@ -108,6 +108,8 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "pretrain": pretrain,
     "recipes": show_recipes,
     "evaluate": evaluate,
+    "diagnose": diagnose,
+    "embed": embed,
     "data": data,
     "report": report,
 }

@@ -1,6 +1,7 @@
 """What people type: help at once, one sentence for what they can mend, exit code 2."""
 
 import dataclasses
+import importlib
 import inspect
 import json
 import subprocess
@@ -24,7 +25,8 @@ def failing(capsys, *args):
 LIGHT = ["", "pretrain", "pretrain mocov2 --help", "evaluate", "evaluate knn -h", "recipes"]
 LIGHT += ["recipes -h", "recipes byol-1000ep", "data", "data sort-imagenet-val -h"]
 LIGHT += [f"data {work} -h" for work in ("zip", "verify", "subset", "views", "info")]
-LIGHT += ["report -h", "demo -h", "evaluate linear -h"]
+LIGHT += ["report -h", "demo -h", "evaluate linear -h", "evaluate instance -h"]
+LIGHT += ["evaluate finetune -h", "diagnose -h", "embed -h"]
 
 
 def test_help_and_flags_come_without_torch():
@@ -142,21 +144,30 @@ def test_a_resolved_config_replays_itself(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "name"), [(cli_judge.Knn, "knn"), (cli_judge.Linear, "linear")]
+    ("options", "function"),
+    [
+        (cli_judge.Knn, "evaluate.knn"),
+        (cli_judge.Linear, "evaluate.linear"),
+        (cli_judge.Finetune, "evaluate.finetune"),
+        (cli_judge.Instance, "evaluate.instance"),
+        (cli_judge.Diagnose, "diagnose.run"),
+        (cli_judge.Embed, "embed.run"),
+    ],
 )
-def test_options_of_a_command_are_the_parameters_of_its_function(options, name):
-    from firstsight import evaluate
-
-    parameters = inspect.signature(getattr(evaluate, name)).parameters
+def test_options_of_a_command_are_the_parameters_of_its_function(options, function):
+    module, _, name = function.partition(".")
+    function = getattr(importlib.import_module(f"firstsight.{module}"), name)
+    parameters = dict(inspect.signature(function).parameters)
+    del parameters["checkpoint_spec"]
     for field in dataclasses.fields(options):
         if field.name in ("checkpoint", "snapshots"):  # say what is read, not how
             continue
-        default = parameters[field.name].default
+        default = parameters.pop(field.name).default
         if field.default is dataclasses.MISSING:
             assert default is inspect.Parameter.empty
         else:
             assert default == field.default
-    assert len(parameters) == len(dataclasses.fields(options)) - 1
+    assert not parameters
 
 
 def test_bad_sources_are_one_sentence(tmp_path, capsys):
@@ -216,9 +227,17 @@ def test_knn_writes_what_it_prints(tmp_path, capsys):
 def test_protocols_offered_are_those_there_are():
     from typing import get_args, get_type_hints
 
+    from firstsight.evaluate.finetune import TUNINGS
     from firstsight.evaluate.linear import PROTOCOLS
+    from firstsight.pairs import MODES
 
-    assert set(get_args(get_type_hints(cli_judge.Linear)["protocol"])) == PROTOCOLS.keys()
+    for options, name, there in (
+        (cli_judge.Linear, "protocol", {*PROTOCOLS}),
+        (cli_judge.Finetune, "protocol", {*TUNINGS}),
+        (cli_judge.Diagnose, "dataset_mode", {*MODES}),
+        (cli_judge.Instance, "dataset_mode", {*MODES, "all"}),
+    ):
+        assert set(get_args(get_type_hints(options)[name])) == there
 
 
 def test_the_same_from_python():

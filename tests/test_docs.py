@@ -37,6 +37,8 @@ SMALLER = {
     "--precision fp32 --layout contiguous --device cpu --probe-readings 1 --warmup-epochs 0",
     "demo": "--epochs 0.4 --threads 1 --device cpu",
     "evaluate": "--threads 1 --device cpu",
+    "diagnose": "--threads 1 --device cpu",
+    "embed": "--threads 1 --device cpu",
 }
 PLACEHOLDERS = {"RUN": "runs/simclr-001", "SEED": "0"}
 NEEDS_MORE = re.compile(r"^torchrun|--device (cuda|mps)|--compile|torchvision:")
@@ -77,14 +79,16 @@ def arguments(words):
     ("page", "words"), ALL, ids=[f"{page.stem}-{' '.join(words)[:60]}" for page, words in ALL]
 )
 def test_every_command_of_the_docs_is_understood(page, words, monkeypatch, capsys):
-    from firstsight import data, evaluate, report, run
+    from firstsight import data, diagnose, embed, evaluate, report, run
 
     def reached(*_, **__):
         raise Reached
 
     for module, names in {
         run: ("pretrain", "dry_run", "demo"),
-        evaluate: ("knn", "linear", "over_snapshots"),
+        evaluate: ("finetune", "instance", "knn", "linear", "over_snapshots"),
+        diagnose: ("run",),
+        embed: ("run",),
         report: ("write_report",),
         data: ("info", "subset", "verify", "views", "zip_up"),
     }.items():

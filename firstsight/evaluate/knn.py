@@ -130,7 +130,7 @@ def _fitting(ks: Sequence[int], most: int) -> list[int]:
     """The k that are voted with, rising; raises `UserError` where one asks for too many."""
     wanted = sorted(set(ks))
     fitting = [one for one in wanted if 1 <= one <= most]
-    if tuple(ks) != KS and fitting != wanted or not fitting:
+    if (tuple(ks) != KS and fitting != wanted) or not fitting:
         beyond = [one for one in wanted if one not in fitting]
         raise UserError(
             f"--k {beyond[0]} neighbours cannot vote where there are {most} training images; "

@@ -35,7 +35,7 @@ def class_alignment(x: Tensor, labels: Tensor) -> float:
     number where no class has two.
     """
     units = _units(x).double()
-    _, kind = labels.unique(return_inverse=True)
+    _, kind = torch.unique(labels, return_inverse=True)
     count = kind.bincount().double()  # (K,)
     total = units.new_zeros(len(count), x.shape[1]).index_add_(0, kind, units)  # (K, D)
     # over ordered pairs, sum |a - b|^2 = 2 n sum |a|^2 - 2 |sum a|^2
