@@ -13,14 +13,15 @@ from torch import Tensor
 
 from firstsight import distributed, keyed
 from firstsight.backbones import Backbone
+from firstsight.errors import UserError
 from firstsight.loader import Chunks, chunks, normalised
-from firstsight.log import Meter
+from firstsight.log import Meter, say
 from firstsight.nets import cast_to
 from firstsight.settings import Pretrain
 from firstsight.sources.base import Source
 from firstsight.version import __version__
 from firstsight.views import IMAGENET_MEAN, IMAGENET_STD, Interpolation
-from firstsight.views.apply import eval_policy
+from firstsight.views.apply import Crop, eval_policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class Reader:
     batch_size: int = 256
     workers: int = 0
     interpolation: Interpolation = "bilinear"
+    crop: Crop = "centre"
+    """The middle of the image, or (of views, which are cut already) all of it."""
 
     @classmethod
     def of(cls, config: Pretrain) -> Reader:
@@ -62,7 +65,7 @@ class Reader:
         """What a figure depends on by how its features were read."""
         return {
             "size": self.size,
-            "view": eval_policy(self.size, self.interpolation),
+            "view": eval_policy(self.size, self.interpolation, self.crop),
             "mean": list(self.mean),
             "std": list(self.std),
             "precision": self.precision,
@@ -114,6 +117,7 @@ def extract(
         index=wanted,
         size=reader.size,
         interpolation=reader.interpolation,
+        crop=reader.crop,
         batch_size=reader.batch_size,
     )
     values, found = [torch.empty(0, backbone.width)], [torch.empty(0, dtype=torch.long)]
@@ -156,6 +160,14 @@ def _is_channels_last(backbone: Backbone) -> bool:
         and not p.is_contiguous()
         for p in backbone.parameters()
     )
+
+
+def refuse_unusable(train: Tensor, *others: Tensor) -> None:
+    """Raise `UserError` where features are not numbers; say where those of `train` are all one."""
+    if not all(bool(values.isfinite().all()) for values in (train, *others)):
+        raise UserError("some features are not numbers: take an earlier checkpoint or snapshot")
+    if len(train) and (train == train[0]).all():
+        say("all training images have the same features: the backbone has collapsed")
 
 
 def subset(source: Source, count: int, seed: int) -> NDArray[np.int64]:

@@ -70,13 +70,15 @@ class Heads(nn.Module):
     def judged(self, features: Tensor, labels: Tensor) -> list[dict[str, float]]:
         """For each head: `top1` and `top5`, percent of the rows, and `loss`, mean cross-entropy.
 
-        Of equal logits the lowest class counts as the first.
+        `mean_per_class` is the top-1 of each class, mean over the classes that have rows. Of equal
+        logits the lowest class counts as the first.
         """
         if len(features) == 0:
             raise UserError("a linear reading needs at least one readable test image")
         device = next(self.parameters()).device
         classes = self.heads[0].get_parameter("bias").numel()
         sums = torch.zeros(3, len(self.heads), dtype=torch.float64, device=device)
+        right = torch.zeros(classes, len(self.heads), dtype=torch.float64, device=device)
         rows = max(1, _LOGITS // (classes * len(self.heads)))
         for part, truth in zip(torch.split(features, rows), torch.split(labels, rows), strict=True):
             logits = self(part.to(device))  # (b, S, K)
@@ -84,10 +86,13 @@ class Heads(nn.Module):
             place = places(logits, every)
             loss = F.cross_entropy(logits.flatten(0, 1), every.flatten(), reduction="none")
             sums += torch.stack([(place < 1), (place < 5), loss.view_as(place)]).double().sum(1)
+            right.index_add_(0, every[:, 0], (place < 1).double())
         first, five, loss = (sums / len(features)).tolist()
+        count = labels.to(device).bincount(minlength=classes)
+        by_class = (right[count > 0] / count[count > 0, None]).mean(dim=0).tolist()
         return [
-            {"top1": 100 * a, "top5": 100 * b, "loss": c}
-            for a, b, c in zip(first, five, loss, strict=True)
+            {"top1": 100 * a, "top5": 100 * b, "mean_per_class": 100 * m, "loss": c}
+            for a, b, m, c in zip(first, five, by_class, loss, strict=True)
         ]
 
 

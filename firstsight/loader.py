@@ -22,7 +22,7 @@ from firstsight.batch import Batch
 from firstsight.errors import UserError
 from firstsight.sources.base import Pixels, Source, UnreadableImage
 from firstsight.views import Interpolation, Views
-from firstsight.views.apply import apply, eval_view
+from firstsight.views.apply import Crop, apply, eval_view
 from firstsight.views.draw import draw
 from firstsight.windows import Order
 
@@ -208,6 +208,7 @@ class Chunks(Dataset[Any]):
     size: int
     batch_size: int
     interpolation: Interpolation = "bilinear"
+    crop: Crop = "centre"
 
     def __getitem__(self, chunk: int) -> tuple[Tensor, Tensor] | UserError:
         """(B', 3, size, size) uint8 and the positions (B',) of those images that could be read."""
@@ -215,9 +216,8 @@ class Chunks(Dataset[Any]):
         found, pictures = [], []
         for i in index:
             try:
-                pictures.append(
-                    eval_view(self.source.pixels(int(i)), self.size, self.interpolation)
-                )
+                pixels = self.source.pixels(int(i))
+                pictures.append(eval_view(pixels, self.size, self.interpolation, self.crop))
                 found.append(int(i))
             except UnreadableImage:
                 continue

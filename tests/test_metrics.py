@@ -1,3 +1,4 @@
+import itertools
 import statistics
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 import torch
 
 from firstsight import metrics
-from firstsight.metrics import knn_accuracy, knn_predict, nearest
+from firstsight.metrics import knn_accuracy, knn_predict, nearest, neighbours, represented
 
 
 def published():
@@ -78,7 +79,7 @@ def test_blocks_do_not_change_what_is_near(monkeypatch):
     torch.manual_seed(0)
     train, test = torch.randn(50, 4), torch.randn(33, 4)
     whole = torch.cat([index for _, index in nearest(train, test, 5)])
-    monkeypatch.setattr(metrics, "_CHUNK_BYTES", 4 * 50 * 2)  # two rows at a time
+    monkeypatch.setattr(neighbours, "_CHUNK_BYTES", 4 * 50 * 2)  # two rows at a time
     blocks = [index for _, index in nearest(train, test, 5)]
     assert max(map(len, blocks)) == 2
     assert torch.equal(torch.cat(blocks), whole)
@@ -104,6 +105,69 @@ def test_a_small_temperature_does_not_overflow():
     train, test = torch.eye(3), torch.eye(3)
     got = knn_predict(train, torch.arange(3), test, 3, temperature=1e-4)
     assert got.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("k", "expected"), [(1, "011"), (3, "012"), (5, "011"), (7, "011")])
+def test_unit_vectors_by_euclidean_distance_equal_the_published_vector(k, expected):
+    train, labels, test = published()
+    train, test = represented(train, test, "norm")
+    got = knn_predict(train, labels, test, k, weighting="uniform", metric="euclidean")
+    assert "".join(map(str, got.tolist())) == "120" + expected
+
+
+@pytest.mark.parametrize(
+    ("k", "expected"), [(1, "120011"), (3, "120012"), (5, "120011"), (7, "100011")]
+)
+def test_shifted_by_the_mean_of_one_batch_equals_the_published_vector(k, expected):
+    train, labels, test = published()
+    shifted = represented(train, test, "shift-norm", batch_size=12)
+    got = knn_predict(shifted[0], labels, shifted[1], k, weighting="uniform", metric="euclidean")
+    assert "".join(map(str, got.tolist())) == expected
+
+
+def test_shifted_by_the_mean_of_the_training_set_no_batch_matters():
+    """The published mean of the batch makes a figure of batch size and seed; ours has neither."""
+    train, _, test = published()
+    ours = represented(train, test, "shift-norm", seed=5)
+    mean = train.mean(dim=0)
+    for got, x in zip(ours, (train, test), strict=True):
+        by_hand = [(row - mean) / (row - mean).norm() for row in x]
+        torch.testing.assert_close(got, torch.stack(by_hand))
+    theirs = [
+        represented(train, test, "shift-norm", size, seed)[0] for size in (3, 4) for seed in (0, 1)
+    ]
+    assert not any(torch.equal(x, y) for x, y in itertools.combinations(theirs, 2))
+
+
+def test_only_unit_vectors_do_not_care_for_scale():
+    train, labels, test = published()
+    scale = torch.linspace(3, 0.1, 12, dtype=torch.float64)[:, None]
+
+    def read(x, representation):
+        x, y = represented(x, test, representation)
+        return knn_predict(x, labels, y, 3, "uniform", metric="euclidean").tolist()
+
+    assert read(train, "norm") == read(train * scale, "norm")
+    assert read(train, "original") != read(train * scale, "original")
+
+
+def test_of_equally_near_rows_the_first_are_taken_and_come_first():
+    train = torch.tensor([[1.0, 0.0]] * 30 + [[0.0, 1.0]] * 30)[torch.arange(60) * 7 % 60]
+    closeness, index = next(iter(nearest(train, torch.tensor([[1.0, 0.0]]), 4)))
+    first = [i for i in range(60) if train[i, 0] == 1][:4]
+    assert index.tolist() == [first] and closeness.tolist() == [[1.0] * 4]
+    assert next(iter(nearest(train, train[:1], 60)))[1][0].tolist() == sorted(
+        range(60), key=lambda i: (-train[i] @ train[0], i)
+    )
+
+
+def test_a_row_that_must_not_find_itself_finds_the_others():
+    torch.manual_seed(0)
+    x = torch.randn(9, 3)
+    found = next(iter(nearest(x, x[[4, 2]], 20, own=torch.tensor([4, 2]))))[1]
+    assert found.shape == (2, 8)
+    assert sorted(found[0].tolist()) == [i for i in range(9) if i != 4]
+    assert 2 not in found[1]
 
 
 def test_spread_tells_collapse_from_an_even_cloud():

@@ -6,7 +6,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -191,6 +191,10 @@ class Timm(Backbone):
             return x.transpose(1, 2).reshape(len(x), self.map_width, side, side)
         # some are channels-last
         return x.permute(0, 3, 1, 2) if x.shape[1] != self.map_width else x
+
+
+Layer = Literal["backbone", "embedding"]
+"""What of a network is read: its pooled features, or what its method's projector makes of them."""
 
 
 class Embedding(Backbone):

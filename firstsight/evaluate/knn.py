@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
-from firstsight import distributed, methods
-from firstsight.features import Reader, extract, subset
-from firstsight.metrics import Metric, Weighting, knn_accuracy
-from firstsight.sources import fetch, open_source
+import numpy as np
+import torch
+from torch import Tensor
+
+from firstsight import distributed, keyed, methods
+from firstsight.backbones import Layer
+from firstsight.errors import UserError
+from firstsight.features import Features, Reader, extract, refuse_unusable, subset
+from firstsight.log import say
+from firstsight.metrics import (
+    Metric,
+    Representation,
+    Weighting,
+    nearest,
+    represented,
+    voted_accuracy,
+)
+from firstsight.sources import Source, UnreadableImage, fetch, open_source
 from firstsight.sources.base import common_labels
+
+KS = (1, 5, 20, 200)
+"""Numbers of neighbours where none are asked for; those beyond the bank are left out."""
+
+CROSS_VALIDATED = 10_000
+"""At most so many training images are classified by the others to choose a k."""
 
 
 def knn(
@@ -18,11 +38,14 @@ def knn(
     *,
     train: str,
     test: str,
-    k: Sequence[int] = (1, 5, 20, 200),
+    k: Sequence[int] = KS,
+    choose_k: bool = False,
     temperature: float = 0.07,
     weighting: Weighting = "softmax",
     metric: Metric = "cosine",
-    layer: Literal["backbone", "embedding"] = "backbone",
+    representation: Representation | Literal["shifted-norm"] | None = None,
+    shift_batch: int = 0,
+    layer: Layer = "backbone",
     size: int = 0,
     train_images: int = 0,
     precision: Literal["fp32", "bf16"] = "fp32",
@@ -36,7 +59,12 @@ def knn(
     """Accuracy in percent for every k, with all that it depends on.
 
     `size` 0 takes the side the backbone was pretrained with; `train_images` above 0 takes that many
-    of the bank, drawn by `seed`. Exact over all pairs. Raises `UserError` where labels are missing.
+    of the bank, drawn by `seed`. Exact over all pairs; of equally near images the first counts, of
+    equally voted classes the lowest. `representation` (None: norm with cosine, original with
+    Euclidean) and `shift_batch` are those of `metrics.represented`. `choose_k` names the best k by
+    classifying training images by the other ones. Test images that are in the bank too, pixel for
+    pixel, are counted in `repeated` where their features find each other. Raises `UserError` where
+    labels are missing or a k is larger than the bank.
     """
     began = time.perf_counter()
     where = distributed.start(device, threads)
@@ -49,18 +77,29 @@ def knn(
     labels, asked_labels = common_labels(source, asked, "--train", "--test")
     some = subset(source, train_images, seed) if train_images else None
     bank, queries = extract(backbone, source, reader, some), extract(backbone, asked, reader)
-    ks = sorted({min(one, len(bank.values)) for one in k})
-    figures = knn_accuracy(
-        bank.values,
-        bank.labels(labels),
-        queries.values,
-        queries.labels(asked_labels),
-        ks,
-        weighting,
-        temperature,
-        metric,
-    )
+    if len(bank.values) == 0 or len(queries.values) == 0:
+        raise UserError("k-NN needs at least one readable image in each of --train and --test")
+    refuse_unusable(bank.values, queries.values)
+    ks = _fitting(k, len(bank.values) - choose_k)
+    space: Representation = "norm" if metric == "cosine" else "original"
+    if representation is not None:
+        space = "shift-norm" if representation == "shifted-norm" else representation
+    rows, query_rows = represented(bank.values, queries.values, space, shift_batch, seed)
+    voting = (ks, weighting, temperature, metric)
+    first: list[tuple[Tensor, Tensor]] = []
+    found = _kept(nearest(rows, query_rows, ks[-1], metric), first)
+    figures = voted_accuracy(found, bank.labels(labels), queries.labels(asked_labels), *voting)
     best = max(ks, key=lambda one: figures[one]["top1"])
+    chosen = {}
+    if choose_k:
+        among = _cross_validated(rows, bank.labels(labels), *voting, seed)
+        chosen_k = max(ks, key=lambda one: among[one]["top1"])
+        chosen["chosen"] = {
+            "k": chosen_k,
+            "top1": figures[chosen_k]["top1"],
+            "chosen_on": "the training images, each classified by the others",
+            "left_out_top1": {str(one): among[one]["top1"] for one in ks},
+        }
     return {
         "protocol": {
             "checkpoint": checkpoint_spec,
@@ -72,13 +111,77 @@ def knn(
             "weighting": weighting,
             "metric": metric,
             "layer": layer,
-            "representation": "norm" if metric == "cosine" else "original",
+            "representation": space,
+            **({"shift_batch": shift_batch or "all"} if space == "shift-norm" else {}),
             **reader.protocol,
             "seed": seed,
         },
         "k": {str(one): figures[one] for one in ks},
         "best": {"k": best, "top1": figures[best]["top1"], "chosen_on": "the test images"},
+        **chosen,
         "images": {"train": len(bank.values), "test": len(queries.values)},
         "unreadable": {"train": bank.unreadable, "test": queries.unreadable},
+        "repeated": _repeated(source, asked, bank, queries, torch.cat([i for _, i in first])),
         "seconds": round(time.perf_counter() - began, 1),
     }
+
+
+def _fitting(ks: Sequence[int], most: int) -> list[int]:
+    """The k that are voted with, rising; raises `UserError` where one asks for too many."""
+    wanted = sorted(set(ks))
+    fitting = [one for one in wanted if 1 <= one <= most]
+    if (tuple(ks) != KS and fitting != wanted) or not fitting:
+        beyond = [one for one in wanted if one not in fitting]
+        raise UserError(
+            f"--k {beyond[0]} neighbours cannot vote where there are {most} training images; "
+            f"use --k from 1 to {most}"
+        )
+    if fitting != wanted:
+        say(
+            f"{most} training images: --k {', '.join(map(str, wanted[len(fitting) :]))} is left out"
+        )
+    return fitting
+
+
+def _kept(
+    found: Iterable[tuple[Tensor, Tensor]], first: list[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What is found, the nearest of each row noted in `first` on the way."""
+    for closeness, index in found:
+        first.append((closeness[:, 0], index[:, 0]))
+        yield closeness, index
+
+
+def _cross_validated(
+    rows: Tensor,
+    labels: Tensor,
+    ks: list[int],
+    weighting: Weighting,
+    temperature: float,
+    metric: Metric,
+    seed: int,
+) -> dict[int, dict[str, float]]:
+    """Accuracy on training rows, each classified by all the others."""
+    random = np.random.default_rng(keyed.seed(seed, len(rows)))
+    own = torch.from_numpy(np.sort(random.permutation(len(rows))[:CROSS_VALIDATED]))
+    found = nearest(rows, rows[own], ks[-1], metric, own=own)
+    return voted_accuracy(found, labels, labels[own], ks, weighting, temperature, metric)
+
+
+def _repeated(
+    source: Source, asked: Source, bank: Features, queries: Features, nearest_rows: Tensor
+) -> int:
+    """Test images that are their own nearest training image, pixel for pixel; said if there are."""
+    near = bank.values[nearest_rows]
+    alike = (near - queries.values).norm(dim=1) <= 1e-3 * queries.values.norm(dim=1)
+    count = 0
+    for row in alike.nonzero()[:, 0].tolist():
+        here, there = int(queries.index[row]), int(bank.index[nearest_rows[row]])
+        try:
+            count += np.array_equal(asked.pixels(here), source.pixels(there))
+        except UnreadableImage:  # it could be read a moment ago
+            continue
+    if count:
+        share = 100 * count / len(queries.values)
+        say(f"{count} test images ({share:.1f} %) are training images too: the figures flatter")
+    return count

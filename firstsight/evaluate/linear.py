@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from firstsight import checkpoint, distributed, keyed
 from firstsight.backbones import Backbone
 from firstsight.errors import UserError, require_positive, require_share, unknown
-from firstsight.features import Reader, Seen, extract, pooled
+from firstsight.features import Reader, Seen, extract, pooled, refuse_unusable
 from firstsight.heads import Descent, Heads
 from firstsight.loader import Steps, batches
 from firstsight.log import Meter, say
@@ -168,6 +168,18 @@ PROTOCOLS: dict[str, Protocol] = {
     ),
     # Caron et al. 2020 (https://arxiv.org/abs/2006.09882) and its code
     "swav": Protocol(lr=(0.3,), weight_decay=(1e-6,), once_an_epoch=True),
+    # Transfer as in ssl-small (Shi et al. 2022, https://arxiv.org/abs/2107.14762) and its scripts:
+    # this is CIFAR-10's; its Caltech-101 has rate 2.
+    # differs from the paper: its CIFAR test images are squeezed to 224, ours cut from 256.
+    "ssl-small": Protocol(
+        lr=(1.5,),
+        epochs=60,
+        schedule="step",
+        drops=(2 / 3,),
+        representation="norm",
+        min_scale=0.6,
+        interpolation="bicubic",
+    ),
     # Caron et al. 2021 (https://arxiv.org/abs/2104.14294) and its code.
     # differs from the paper: pooled features of the last block, not class tokens of several.
     "dino": Protocol(base_lr=0.001, batch_size=1024, once_an_epoch=True),
@@ -304,7 +316,7 @@ def untouched(backbone: Backbone) -> Iterator[None]:
 
 def cached(seen: Seen, classes: int, how: Protocol, seed: int) -> dict[str, Any]:
     """Accuracy of the setting that a held-out part of the training images chooses."""
-    _refuse_unusable(seen)
+    refuse_unusable(seen.train, seen.test)
     figures: dict[str, Any] = {}
     prepare = prepared(seen.train, how.representation)
     settings = how.settings
@@ -390,13 +402,6 @@ def _rows(seen: Seen, index: Tensor, batch_size: int, seed: int) -> Iterator[tup
             yield seen.train[rows], seen.train_labels[rows]
 
 
-def _refuse_unusable(seen: Seen) -> None:
-    if not (seen.train.isfinite().all() and seen.test.isfinite().all()):
-        raise UserError("some features are not numbers: take an earlier checkpoint or snapshot")
-    if len(seen.train) and (seen.train == seen.train[0]).all():
-        say("all training images have the same features: the backbone has collapsed")
-
-
 # As published
 
 
@@ -411,21 +416,16 @@ def augmented(
     seed: int,
 ) -> tuple[dict[str, Any], int]:
     """Accuracy after training on random crops and flips, and how many images were unreadable."""
-    world = distributed.world()
-    if how.batch_size % world:
-        raise UserError(
-            f"batch size {how.batch_size} does not divide over {world} ranks; "
-            f"use --batch-size {how.batch_size - how.batch_size % world + world}"
-        )
+    refuse_uneven(how.batch_size)
     order = Epochs(len(source), how.batch_size, seed)
     maker = Steps(
         source=source,
-        views=_crops(how, reader),
+        views=crops(how.min_scale, reader),
         size=reader.size,
         order=order,
         seed=seed,
         rank=distributed.rank(),
-        world=world,
+        world=distributed.world(),
     )
     bad: set[str] = set()
 
@@ -445,11 +445,22 @@ def augmented(
     return figures, len(set[str]().union(*distributed.collect(bad)))
 
 
-def _crops(how: Protocol, reader: Reader) -> Views:
+def refuse_uneven(batch_size: int) -> None:
+    """Raise `UserError` where a batch is not the same number of images for every rank."""
+    world = distributed.world()
+    if batch_size % world:
+        raise UserError(
+            f"batch size {batch_size} does not divide over {world} ranks; "
+            f"use --batch-size {batch_size - batch_size % world + world}"
+        )
+
+
+def crops(min_scale: float, reader: Reader) -> Views:
+    """The views that classifiers train on: random crops and flips."""
     return Views(
         counts=(1,),
-        min_scale=(how.min_scale,),
-        interpolation=how.interpolation,
+        min_scale=(min_scale,),
+        interpolation=reader.interpolation,
         jitter=0.0,
         gray=0.0,
         blur=(0.0,),
@@ -511,6 +522,7 @@ def read(
     return {
         "top1": curve[-1]["top1"],
         "top5": curve[-1]["top5"],
+        "mean_per_class": curve[-1]["mean_per_class"],
         "best_top1": curve[best]["top1"],
         "best_epoch": best + 1,
         "best_chosen_on": "the test images",

@@ -8,7 +8,7 @@ make views brighter by half a level in each operation.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, cast
 
 import cv2
 import numpy as np
@@ -20,6 +20,8 @@ from firstsight.views.draw import BRIGHTNESS, CONTRAST, SATURATION, Drawn
 
 Pixels = NDArray[np.uint8]
 """(H, W, 3) RGB."""
+
+Crop = Literal["centre", "whole"]
 
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601-2, as Pillow and OpenCV weigh the channels
 
@@ -205,13 +207,22 @@ def hide(pixels: Pixels, cells: NDArray[np.bool_], mean: tuple[float, float, flo
     pixels[cells[rows][:, columns]] = np.rint(np.array(mean) * 255).astype(np.uint8)
 
 
-def eval_view(pixels: Pixels, size: int, interpolation: Interpolation = "bilinear") -> Pixels:
+def eval_view(
+    pixels: Pixels,
+    size: int,
+    interpolation: Interpolation = "bilinear",
+    crop: Crop = "centre",
+) -> Pixels:
     """The view for evaluation, (size, size, 3): resize the short side, cut out the centre.
 
     From 96 pixels up the short side becomes size / 0.875 (256 for 224), the habit on ImageNet;
     below, where margins cost too much, it becomes `size`. `eval_policy` says it in words.
-    References: Resize and CenterCrop of torchvision on a Pillow image.
+    References: Resize and CenterCrop of torchvision on a Pillow image. With `crop` whole all of the
+    image is resized; one of that size stays as it is.
     """
+    if crop == "whole":
+        same = pixels.shape[:2] == (size, size)
+        return pixels if same else resize(pixels, size, size, interpolation)
     pixels = _middle(pixels)
     height, width = pixels.shape[:2]
     side = _short_side(size)
@@ -232,8 +243,10 @@ def _middle(pixels: Pixels) -> Pixels:
     return pixels[top : top + most, left : left + most]
 
 
-def eval_policy(size: int, interpolation: Interpolation = "bilinear") -> str:
+def eval_policy(size: int, interpolation: Interpolation = "bilinear", crop: Crop = "centre") -> str:
     """What `eval_view` does at this size, in words for a protocol."""
+    if crop == "whole":
+        return f"resize {size} x {size} (antialiased {interpolation})"
     return f"resize {_short_side(size)} (antialiased {interpolation}), centre crop {size}"
 
 

@@ -1,9 +1,9 @@
-"""Figures from features: pure functions of tensors."""
+"""Neighbours of features, and what they vote for."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -14,39 +14,52 @@ from firstsight.errors import UserError
 
 Metric = Literal["cosine", "euclidean"]
 Weighting = Literal["softmax", "distance", "uniform"]
+Representation = Literal["original", "norm", "shift-norm"]
 
 _CHUNK_BYTES = 2**28
 """Bound on one block of the test x train matrix."""
 
 
-def spread(x: Tensor) -> Tensor:
-    """How far the directions of the rows of `x` (N, D) differ: about 1 evenly spread, 0 all alike.
-
-    The standard deviation of their unit vectors, mean over dimensions, times the root of D. Where a
-    method without negatives collapses, it goes to 0 (Chen and He 2021, section 4.1,
-    https://arxiv.org/abs/2011.10566).
-    """
-    deviation = F.normalize(x, dim=1).std(dim=0)  # (D,)
-    return deviation.mean() * math.sqrt(x.shape[1])
-
-
 def nearest(
-    train: Tensor, test: Tensor, k: int, metric: Metric = "cosine"
+    train: Tensor,
+    test: Tensor,
+    k: int,
+    metric: Metric = "cosine",
+    own: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The k nearest rows of `train` (N, D) for each row of `test` (M, D), exact, nearest first.
 
     Yields blocks of (closeness, index), (m, k) each, so that memory stays bounded. Closeness is the
-    cosine, or minus the Euclidean distance.
+    cosine, or minus the Euclidean distance; of equally close rows the first comes first. `own` (M,)
+    names a row of `train` that each row of `test` must not find: itself.
     """
     if metric == "cosine":
         train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
-    k = min(k, len(train))
-    for block in torch.split(test, max(1, _CHUNK_BYTES // (4 * len(train)))):
+    k = min(k, len(train) - (own is not None))
+    rows = max(1, _CHUNK_BYTES // (4 * len(train)))
+    for start, block in zip(range(0, len(test), rows), torch.split(test, rows), strict=True):
         if metric == "cosine":
             closeness = block @ train.T
         else:
             closeness = -torch.cdist(block, train, compute_mode="donot_use_mm_for_euclid_dist")
-        yield closeness.topk(k, dim=1)
+        if own is not None:
+            closeness.scatter_(1, own[start : start + rows, None], -math.inf)
+        yield _first(closeness, k)
+
+
+def _first(closeness: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row (m, N), and where they are; of equal ones the first first."""
+    values, index = closeness.topk(min(k + 1, closeness.shape[1]), dim=1)
+    # which of equals `topk` takes is left open: where the cut falls between equals, sort it all
+    cut = values[:, k - 1 : -1].eq(values[:, k:]).any(dim=1)
+    values, index = values[:, :k], index[:, :k]
+    if cut.any():
+        again, place = closeness[cut].sort(dim=1, descending=True, stable=True)
+        values[cut], index[cut] = again[:, :k], place[:, :k]
+    by_place = index.argsort(dim=1)
+    order = values.gather(1, by_place).argsort(dim=1, descending=True, stable=True)
+    order = by_place.gather(1, order)
+    return values.gather(1, order), index.gather(1, order)
 
 
 def votes(
@@ -72,6 +85,37 @@ def votes(
     else:
         weights = torch.ones_like(closeness, dtype=torch.float64)
     return weights.new_zeros(len(labels), classes).scatter_add_(1, labels, weights)
+
+
+def represented(
+    train: Tensor,
+    test: Tensor,
+    representation: Representation,
+    batch_size: int = 0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D) and (M, D) as they are compared: as they are, of unit length, or shifted.
+
+    `shift-norm` subtracts the mean of all training rows from both, then makes unit vectors. With a
+    `batch_size` each random batch of so many rows loses its own mean, as ssl-small published it:
+    that figure depends on the batch size and on `seed`.
+    """
+    if representation == "original":
+        return train, test
+    if representation == "shift-norm" and batch_size:
+        train, test = (_less_own_means(x, batch_size, seed) for x in (train, test))
+    elif representation == "shift-norm":
+        mean = train.double().mean(dim=0).to(train.dtype)
+        train, test = train - mean, test - mean
+    return F.normalize(train, dim=1), F.normalize(test, dim=1)
+
+
+def _less_own_means(x: Tensor, batch_size: int, seed: int) -> Tensor:
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
+    shifted = torch.empty_like(x)
+    for rows in torch.split(order, batch_size):
+        shifted[rows] = x[rows] - x[rows].mean(dim=0)
+    return shifted
 
 
 def ranked(summed: Tensor) -> Tensor:
@@ -127,10 +171,24 @@ def knn_accuracy(
     """
     if len(train) == 0 or len(test) == 0:
         raise UserError("k-NN needs at least one readable image in each of --train and --test")
+    found = nearest(train, test, max(ks), metric)
+    return voted_accuracy(found, labels, test_labels, ks, weighting, temperature, metric)
+
+
+def voted_accuracy(
+    found: Iterable[tuple[Tensor, Tensor]],
+    labels: Tensor,
+    test_labels: Tensor,
+    ks: Sequence[int],
+    weighting: Weighting = "softmax",
+    temperature: float = 0.07,
+    metric: Metric = "cosine",
+) -> dict[int, dict[str, float]]:
+    """`knn_accuracy` from the neighbours that `nearest` found."""
     classes = int(max(labels.max(), test_labels.max())) + 1
     hits = {k: [0, 0] for k in ks}
     done = 0
-    for closeness, index in nearest(train, test, max(ks), metric):
+    for closeness, index in found:
         truth = test_labels[done : done + len(index), None]
         done += len(index)
         for k in ks:
@@ -140,6 +198,6 @@ def knn_accuracy(
             hits[k][0] += int(correct[:, 0].sum())
             hits[k][1] += int(correct.any(dim=1).sum())
     return {
-        k: {"top1": 100 * first / len(test), "top5": 100 * five / len(test)}
+        k: {"top1": 100 * first / done, "top5": 100 * five / done}
         for k, (first, five) in hits.items()
     }
