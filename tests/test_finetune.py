@@ -143,6 +143,7 @@ class Colours(Patches):
         return pixels
 
 
+@pytest.mark.slow
 def test_it_learns_its_labels():
     backbone, source, reader = load_backbone(f"random:{NETWORK}"), Colours(30), Reader(size=32)
     heads = Heads(1, backbone.width, 3, seed=0)

@@ -9,6 +9,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from firstsight.report.answers import answers
 from firstsight.report.curves import Series, brief, chart, swatch
 from firstsight.report.read import Run, flat
 from firstsight.report.tables import NONE, differences, readings, settings, table, typed, unlike
@@ -28,6 +29,7 @@ def page(runs: Sequence[Run]) -> str:
     title = _title(lone) if lone else f"{len(runs)} runs compared"
     body = [
         _header(title, runs),
+        _section("In short", _answers(runs)),
         _section("Curves", _curves(runs)),
         *_all_pictures(runs),
         _section("Readings", readings(runs)),
@@ -42,6 +44,11 @@ def page(runs: Sequence[Run]) -> str:
         f"<title>{escape(title)} · firstsight</title>\n<style>\n{style}</style>\n</head>\n"
         f"<body>\n<main>\n{''.join(body)}</main>\n</body>\n</html>\n"
     )
+
+
+def _answers(runs: Sequence[Run]) -> str:
+    parts = [("" if len(runs) == 1 else f"<h3>{escape(r.label)}</h3>\n") + answers(r) for r in runs]
+    return "".join(parts)
 
 
 def _section(title: str, content: str) -> str:

@@ -1,0 +1,60 @@
+"""What a report says of a run in a sentence, from files made by hand."""
+
+import json
+
+import pytest
+
+from firstsight.report.answers import checkpoint, collapsed, learning
+from firstsight.report.read import read_runs
+from tests.test_report import PROTOCOL, make_run, report
+
+
+def run_of(folder, untrained=31.25, trained=58.75, readings=(), **scalars):
+    knn = {"untrained": untrained, "trained": trained, "protocol": PROTOCOL}
+    records = [{"step": 0, "epoch": 0.0, "knn": untrained}]
+    records.append({"step": 100, "epoch": 4.0, "loss": 3.0, "knn": trained, **scalars})
+    make_run(folder, records, knn=knn)
+    if readings:
+        (folder / "readings").mkdir()
+        points = [{"step": step, "top1": top1} for step, top1 in readings]
+        (folder / "readings" / "knn.json").write_text(json.dumps(points))
+    return read_runs([folder])[0]
+
+
+@pytest.mark.parametrize(
+    ("trained", "said"),
+    [
+        (58.75, "Yes: k-NN went from 31.2 % untrained to 58.8 %."),
+        (33.0, "Not visibly"),  # of 1,000 test images, 3 points are chance
+        (20.0, "No, it unlearns"),
+    ],
+)
+def test_learning_is_a_gain_beyond_chance(tmp_path, trained, said):
+    assert learning(run_of(tmp_path / "run", trained=trained)).startswith(said)
+
+
+def test_without_readings_learning_is_not_claimed(tmp_path):
+    records = [{"step": 1, "epoch": 0.1, "loss": 5.0}, {"step": 9, "epoch": 0.9, "loss": 1.0}]
+    run = read_runs([make_run(tmp_path / "run", records, finished=False)])[0]
+    assert learning(run).startswith("Not measured") and collapsed(run).startswith("Not measured")
+
+
+def test_collapse_is_told_by_the_spread_or_by_guessing(tmp_path):
+    assert collapsed(run_of(tmp_path / "a", embedding_spread=0.001)).startswith("Yes")
+    assert collapsed(run_of(tmp_path / "b", embedding_spread=0.9)).startswith("No: embeddings")
+    assert collapsed(run_of(tmp_path / "c")).startswith("No: k-NN, 58.8 %")
+    assert collapsed(run_of(tmp_path / "d", trained=11.0)).startswith("Perhaps")
+
+
+def test_an_earlier_snapshot_is_advised_only_beyond_chance(tmp_path):
+    better = run_of(tmp_path / "a", readings=[(20, 50.0), (60, 64.0), (100, 58.0)])
+    assert checkpoint(better).startswith("The snapshot of step 60: its knn is 64.0 %")
+    assert "flatters" in checkpoint(better)
+    alike = run_of(tmp_path / "b", readings=[(20, 50.0), (60, 59.0), (100, 58.0)])
+    assert checkpoint(alike).startswith("The last: none of 3 snapshots")
+    assert "--snapshots" in checkpoint(run_of(tmp_path / "c"))
+
+
+def test_the_page_answers_for_each_run(tmp_path):
+    _, page = report(make_run(tmp_path / "a"), make_run(tmp_path / "b"))
+    assert page.text.count("Has it collapsed?") == 2
