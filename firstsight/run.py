@@ -50,6 +50,10 @@ def pretrain(name: str, config: Pretrain) -> Path:
         if distributed.share((out / "checkpoints").exists() and earlier.exists()):
             config = folders.continued(name, config, earlier)
         else:
+            if distributed.share(any((out / "checkpoints").glob("*"))):
+                raise UserError(
+                    f"{out} holds checkpoints of a run whose config.yaml is gone; use another --out"
+                )
             (out / "log.jsonl").unlink(missing_ok=True)  # of a run that saved nothing
             config = _picked(name, config)
             if distributed.rank() == 0:

@@ -432,6 +432,14 @@ def test_a_run_that_goes_on_must_be_the_same_run(tmp_path):
         folders.continued("simclr", settings, earlier)
 
 
+def test_checkpoints_without_their_settings_are_not_gone_on_with(tmp_path):
+    settings = config("simclr", tmp_path, data="scenes:train@32", epochs=0.5)
+    run.pretrain("simclr", settings)
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"config.yaml is gone; use another --out"):
+        run.pretrain("simclr", settings)
+
+
 def test_a_demo_of_any_length_has_a_warm_up_that_fits(monkeypatch):
     monkeypatch.setattr(run, "pretrain", lambda name, config: config)
 
