@@ -22,7 +22,8 @@ from firstsight import (
     trial,
 )
 from firstsight.errors import UserError
-from firstsight.evaluate.linear import PROTOCOLS, cached, stated
+from firstsight.evaluate.linear import cached
+from firstsight.evaluate.protocols import PROTOCOLS, stated
 from firstsight.features import Reader, Seen
 from firstsight.log import clock, read_log, require, say
 from firstsight.probe import KnnProbe

@@ -231,7 +231,7 @@ def test_protocols_offered_are_those_there_are():
     from typing import get_args, get_type_hints
 
     from firstsight.evaluate.finetune import TUNINGS
-    from firstsight.evaluate.linear import PROTOCOLS
+    from firstsight.evaluate.protocols import PROTOCOLS
     from firstsight.pairs import MODES
 
     for options, name, there in (

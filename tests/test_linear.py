@@ -16,17 +16,15 @@ from firstsight import cli, distributed
 from firstsight.errors import UserError
 from firstsight.evaluate import linear
 from firstsight.evaluate.linear import (
-    PROTOCOLS,
-    Protocol,
     _choice,
     best_of,
     cached,
     held_out,
-    overridden,
     prepared,
     trained,
     untouched,
 )
+from firstsight.evaluate.protocols import PROTOCOLS, Protocol, overridden
 from firstsight.features import Seen
 from firstsight.heads import Heads
 from firstsight.metrics import places
