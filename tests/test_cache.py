@@ -12,7 +12,7 @@ import types
 import numpy as np
 import pytest
 
-from firstsight import cache, distributed, run
+from firstsight import cache, distributed, folders, run
 from firstsight.errors import UserError
 from firstsight.loader import Steps, batches
 from firstsight.log import read_log
@@ -141,7 +141,7 @@ def _rank(rank, port, photos, answers):
     with cache.held(source, "part") as held:
         part = [i for i in range(24) if held._map[held._flags + i]]
         same &= all((held.pixels(i) == source.pixels(i)).all() for i in range(24))
-    order = cache.order("part", 24, 6, 0)
+    order = cache.Shares(24, 6, 0, distributed.machines())
     mine = [np.array_split(order.indices(step), 2)[rank].tolist() for step in range(4)]
     answers.put((rank, all(here), same, part, sorted(i for step in mine for i in step)))
     distributed.stop()
@@ -155,7 +155,10 @@ def test_two_ranks_share_a_segment_and_two_machines_hold_their_parts(photos):
     ranks = [context.Process(target=_rank, args=(r, port, str(photos), answers)) for r in range(2)]
     for process in ranks:
         process.start()
-    found = sorted(answers.get(timeout=240) for _ in ranks)
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
+    found = sorted(answers.get(timeout=10) for _ in ranks)
     for process in ranks:
         process.join(60)
     evens, odds = list(range(0, 24, 2)), list(range(1, 24, 2))
@@ -180,6 +183,6 @@ def test_a_run_is_the_same_with_the_cache_and_can_go_on_without(photos, tmp_path
     settings = config("simclr", tmp_path / "none", data=str(photos), epochs=1.0)
     earlier = tmp_path / "none" / "config.yaml"
     settings = dataclasses.replace(settings, cache="shared")
-    assert run.continued("simclr", settings, earlier).cache == "shared"
+    assert folders.continued("simclr", settings, earlier).cache == "shared"
     with pytest.raises(UserError, match=r"--cache part \(was none\)"):
-        run.continued("simclr", dataclasses.replace(settings, cache="part"), earlier)
+        folders.continued("simclr", dataclasses.replace(settings, cache="part"), earlier)

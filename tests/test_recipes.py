@@ -232,3 +232,9 @@ def test_flags_win_over_a_recipe(monkeypatch):
     (config,) = asked
     assert (config.epochs, config.warmup_epochs, config.base_lr) == (30, 1, 0.5)
     assert config.batch_size == 4096 and config.method.momentum == 0.99
+
+
+def test_pic_keeps_its_crops_beside_readings_of_another_size():
+    for name in ("pic-200ep", "pic-400ep", "pic-1600ep", "pic-released-200ep"):
+        config = resolved(name)
+        assert config.size == 224 and config.views.sides(config.size) == (160, 96, 96, 96)

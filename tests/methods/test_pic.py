@@ -287,7 +287,7 @@ def test_the_published_settings():
     assert (own.temperature, own.dim, own.hidden, own.projector) == (0.2, 128, 2048, "mlp")
     assert (own.prototype_momentum, own.prototype_decay, own.negatives) == (0.9, 1e-4, 0)
     assert defaults.order == "sliding" and defaults.batch_norm == "local"
-    views = preset_views("pic-multicrop", 224)
+    views = preset_views("pic-multicrop", 160)
     assert views.sides(224) == (160, 96, 96, 96)
     assert views.scales == ((0.14, 1.0),) + ((0.08, 0.14),) * 3
     assert isinstance(method(projector="linear").projector, torch.nn.Linear)
