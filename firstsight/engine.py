@@ -85,6 +85,7 @@ def pretrain(
         seed=config.seed,
         rank=distributed.rank(),
         world=distributed.world(),
+        views_on=config.views_on,
     )
     stream = batches(maker, first, steps, config.workers)
     if online:

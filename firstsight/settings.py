@@ -178,6 +178,9 @@ class Pretrain:
     cache: Literal["none", "shared", "part"] = "none"
     """Files of images in memory: none; all of them, shared by the ranks of a machine; on each of
     several machines only its part, which it trains on alone (another order of images)."""
+    views_on: Literal["worker", "device"] = "worker"
+    """Who flips, colours and blurs views: the processes that cut them out, or the training device,
+    for whole batches; the same views but for a level here and there."""
     workers: int = -1
     """Processes that make views, per rank; 0: none, in turn with training; -1: picked by cores."""
     dry_run: bool = False

@@ -195,7 +195,7 @@ def gaussian_blur(pixels: Pixels, sigma: float, out: Pixels | None = None) -> Pi
     """
     taps = round(6 * sigma + 1) | 1
     kernel = cv2.getGaussianKernel(taps, sigma, cv2.CV_32F)
-    # Not cv2.GaussianBlur: its fixed-point way for 8 bits is further off, and up to 3 times as slow.
+    # Not cv2.GaussianBlur: its fixed-point way for 8 bits is further off, and up to 3 times slower.
     return _array(cv2.sepFilter2D(pixels, -1, kernel, kernel, dst=out))
 
 
