@@ -23,6 +23,7 @@ from firstsight.loader import LAYOUTS, Steps, batches
 from firstsight.log import Log, Meter, say, told
 from firstsight.methods.base import Method
 from firstsight.probe import KnnProbe, Online
+from firstsight.resident import Resident, ResidentSteps
 from firstsight.schedule import Schedule, due
 from firstsight.settings import Pretrain, plain
 from firstsight.sources.base import Source
@@ -77,8 +78,12 @@ def pretrain(
 
     main, first = distributed.rank() == 0, state.step
     log = Log(out, first, config.loggers, plain(config)) if main else None
-    maker = Steps(
-        source=source,
+    kind: type[Steps] = Steps
+    held = source
+    if config.resident:
+        kind, held = ResidentSteps, Resident(source, device)
+    maker = kind(
+        source=held,
         views=config.views,
         size=config.size,
         order=order,
@@ -87,7 +92,7 @@ def pretrain(
         world=distributed.world(),
         views_on=config.views_on,
     )
-    stream = batches(maker, first, steps, config.workers)
+    stream = batches(maker, first, steps, 0 if config.resident else config.workers)
     if online:
         online.begin(first, steps)
     if online and first == 0:  # every rank takes its share of a reading

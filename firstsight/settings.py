@@ -178,6 +178,8 @@ class Pretrain:
     cache: Literal["none", "shared", "part"] = "none"
     """Files of images in memory: none; all of them, shared by the ranks of a machine; on each of
     several machines only its part, which it trains on alone (another order of images)."""
+    resident: bool = False
+    """Hold all images as pixels on the training device and make views there, without workers."""
     views_on: Literal["worker", "device"] = "worker"
     """Who flips, colours and blurs views: the processes that cut them out, or the training device,
     for whole batches; the same views but for a level here and there."""
