@@ -14,13 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from firstsight import distributed
 from firstsight.batch import Batch
 from firstsight.errors import UserError
 from firstsight.loader import Steps, colours_of, readable, rescaled
 from firstsight.log import Meter
+from firstsight.settings import Pretrain
 from firstsight.sources.base import Pixels, Source, UnreadableImage
 from firstsight.views.batched import crop_resize
 from firstsight.views.draw import draw
+from firstsight.windows import Order
 
 
 class Resident(Source):
@@ -131,6 +134,22 @@ class ResidentSteps(Steps):
             bad=tuple(bad),
             colours=colours_of([drawn]),
         )
+
+
+def maker_of(config: Pretrain, source: Source, order: Order, device: torch.device) -> Steps:
+    """What makes this rank's batches of a run: from the source, or from a copy on the device."""
+    kind: type[Steps] = ResidentSteps if config.resident else Steps
+    held = Resident(source, device) if config.resident else source
+    return kind(
+        source=held,
+        views=config.views,
+        size=config.size,
+        order=order,
+        seed=config.seed,
+        rank=distributed.rank(),
+        world=distributed.world(),
+        views_on=config.views_on,
+    )
 
 
 def _free(device: torch.device) -> int:

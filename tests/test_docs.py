@@ -86,7 +86,7 @@ def test_every_command_of_the_docs_is_understood(page, words, monkeypatch, capsy
         run: ("pretrain", "dry_run", "demo"),
         evaluate: ("knn", "linear", "over_snapshots"),
         report: ("write_report",),
-        data: ("info", "subset", "verify", "views", "zip_up"),
+        data: ("info", "pack", "subset", "verify", "views", "zip_up"),
     }.items():
         for name in names:
             monkeypatch.setattr(module, name, reached)
