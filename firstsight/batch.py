@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Colours:
+    """What was drawn for B views and is still to be done to them, in the order of `Drawn`.
+
+    Stays on the CPU when a batch moves: which images draw what must be known without waiting.
+    """
+
+    jitter: Tensor
+    """(B,) of bool: the colours are jittered."""
+    order: Tensor
+    """(B, 4) order of the jitter."""
+    factors: Tensor
+    """(B, 4) factors of brightness, contrast, saturation; hue shift in turns."""
+    gray: Tensor
+    """(B,) of bool: turned grey."""
+    sigmas: Tensor
+    """(B,) standard deviation of the blur, pixels of the view; 0 is no blur."""
+    solarize: Tensor
+    """(B,) of bool: values from 128 up are inverted."""
+
+    def parts(self, count: int) -> list[Colours]:
+        """The same in `count` parts, cut as `Batch.chunks` cuts."""
+        names = [field.name for field in fields(self)]
+        cut = zip(*(getattr(self, name).tensor_split(count) for name in names), strict=True)
+        return [Colours(**dict(zip(names, part, strict=True))) for part in cut]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +55,8 @@ class Batch:
     """(B,) integer labels, where the source has them; never seen by a method's loss."""
     bad: tuple[str, ...] = ()
     """Identities of the files that could not be decoded and were replaced in this batch."""
+    colours: tuple[Colours, ...] = ()
+    """For each view what the device has still to do to it, the flip first; empty: nothing."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -58,9 +87,10 @@ class Batch:
             for tensors in (self.views, self.crops, self.flips)
         )
         labels = [None] * count if self.label is None else parts(self.label)
+        colours = list(zip(*(one.parts(count) for one in self.colours), strict=True))
         return [
-            replace(self, views=v, crops=c, flips=f, index=i, label=label)
-            for v, c, f, i, label in zip(
-                views, crops, flips, parts(self.index), labels, strict=True
+            replace(self, views=v, crops=c, flips=f, index=i, label=label, colours=drawn)
+            for v, c, f, i, label, drawn in zip(
+                views, crops, flips, parts(self.index), labels, colours or [()] * count, strict=True
             )
         ]

@@ -16,7 +16,7 @@ from firstsight.shown import table, write_json
 
 
 def data(args: list[str]) -> None:
-    """Lay images out and look at them: firstsight data zip|verify|subset|views|info|..."""
+    """Lay images out and look at them: firstsight data zip|pack|views|info|..."""
     if not args or args[0] in ("-h", "--help"):
         lines = [
             f"  {name:<18} {(kind.__doc__ or '').strip()}" for name, (kind, _) in WORKS.items()
@@ -79,6 +79,35 @@ def verify(asked: Verify, target: str | None) -> None:
             f"{asked.archive} has {problems} problems in {result['images']} images; mend it, or "
             "make it anew with firstsight data zip"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """Decode a SOURCE once, into one file of small pictures; goes on where it stopped."""
+
+    source: tyro.conf.Positional[str]
+    """SOURCE of the images."""
+    out: str
+    """The packed file, X.pack; it is a SOURCE itself."""
+    side: int = 512
+    """Longest side, pixels; larger images are made smaller; crops are as of the original."""
+    format: Literal["raw", "jpeg"] = "raw"
+    """Pixels, nothing left to decode; or JPEG of quality 95, about a tenth of the size."""
+    workers: int = 0
+    """Threads; 0: one for each core."""
+
+
+def pack(asked: Pack, target: str | None) -> None:
+    """Pack a source, and say what is in the file."""
+    from firstsight import data
+
+    options = settings.shallow(asked)
+    result = data.pack(options.pop("source"), **options)
+    rows = [["images", f"{result['images']}"], ["left out", f"{len(result['skipped'])}"]]
+    rows += [["were there already", f"{result['resumed']}"]]
+    rows += [["MiB", f"{result['bytes'] / 2**20:.1f}"]]
+    table(asked.out, ["", ""], rows)
+    write_json(target, result)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +253,7 @@ WORKS: dict[str, tuple[type[Any], Callable[[Any, str | None], None]]] = {
     "zip": (Zip, zip_up),
     "verify": (Verify, verify),
     "subset": (Subset, subset),
+    "pack": (Pack, pack),
     "views": (StaticViews, views),
     "info": (Info, info),
     "sort-imagenet-val": (SortImagenetVal, sort_imagenet_val),

@@ -19,10 +19,11 @@ from firstsight.guards import (
     refuse_nonfinite_networks,
     stop_signal,
 )
-from firstsight.loader import LAYOUTS, Steps, batches
+from firstsight.loader import LAYOUTS, batches
 from firstsight.log import Log, Meter, say, told
 from firstsight.methods.base import Method
 from firstsight.probe import KnnProbe, Online
+from firstsight.resident import maker_of
 from firstsight.schedule import Schedule, due
 from firstsight.settings import Pretrain, plain
 from firstsight.sources.base import Source
@@ -77,16 +78,8 @@ def pretrain(
 
     main, first = distributed.rank() == 0, state.step
     log = Log(out, first, config.loggers, plain(config)) if main else None
-    maker = Steps(
-        source=source,
-        views=config.views,
-        size=config.size,
-        order=order,
-        seed=config.seed,
-        rank=distributed.rank(),
-        world=distributed.world(),
-    )
-    stream = batches(maker, first, steps, config.workers)
+    maker = maker_of(config, source, order, device)
+    stream = batches(maker, first, steps, 0 if config.resident else config.workers)
     if online:
         online.begin(first, steps)
     if online and first == 0:  # every rank takes its share of a reading

@@ -6,28 +6,34 @@ So a run can go on at any step, with any number of workers and ranks, and see th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from firstsight import distributed, keyed
-from firstsight.batch import Batch
+from firstsight.batch import Batch, Colours
 from firstsight.errors import UserError
 from firstsight.sources.base import Pixels, Source, UnreadableImage
 from firstsight.views import Interpolation, Views
-from firstsight.views.apply import Crop, apply, eval_view
-from firstsight.views.draw import draw
+from firstsight.views.apply import Crop, apply, crop_resize, eval_view
+from firstsight.views.batched import coloured
+from firstsight.views.draw import Drawn, draw
 from firstsight.windows import Order
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 """Names of memory orders of image tensors."""
+
+ViewsOn = Literal["worker", "device"]
+"""Who flips, colours and blurs views: the process that cuts them out, or the training device."""
 
 _Made = TypeVar("_Made")
 
@@ -47,6 +53,7 @@ class Steps(Dataset[Any]):
     seed: int
     rank: int
     world: int
+    views_on: ViewsOn = "worker"
 
     def __getitem__(self, step: int) -> Batch | UserError:
         try:
@@ -62,20 +69,29 @@ class Steps(Dataset[Any]):
         crops = np.empty((len(index), len(sizes), 4), np.float32)
         flips = np.empty((len(index), len(sizes)), bool)
         bad: list[str] = []
+        drawings = []
         chosen = np.empty_like(index)  # other images where some cannot be decoded
         for start in range(0, len(index), _CHUNK):
             part = slice(start, start + _CHUNK)
             found = [readable(self.source, int(i), self.seed, bad) for i in index[part]]
             chosen[part], images = zip(*found, strict=True)
-            shapes = np.array([(image.shape[1], image.shape[0]) for image in images])
+            held = np.array([(image.shape[1], image.shape[0]) for image in images])
+            shapes = np.array(
+                [
+                    self.source.full_size(int(i), image)
+                    for i, image in zip(chosen[part], images, strict=True)
+                ]
+            )
             drawn = draw(
                 self.views, shapes, seed=self.seed, epoch=self.order.epoch(step), index=index[part]
             )
             crops[part], flips[part] = drawn.crops, drawn.flips
+            drawings.append(drawn)
+            if (held != shapes).any():  # smaller pictures stand for the originals
+                drawn = dataclasses.replace(drawn, crops=rescaled(drawn.crops, shapes, held))
             for b, image in enumerate(images):
                 for v, picture in enumerate(pictures):
-                    how = (sizes[v], self.views.interpolation, picture[start + b], self.views.mean)
-                    apply(image, drawn, b, v, *how)
+                    self._make(image, drawn, b, v, picture[start + b])
         labels = self.source.labels
         return Batch(
             views=tuple(_channels_first(picture) for picture in pictures),
@@ -84,7 +100,40 @@ class Steps(Dataset[Any]):
             index=torch.from_numpy(index.copy()),
             label=None if labels is None else torch.from_numpy(labels[chosen]),
             bad=tuple(bad),
+            colours=colours_of(drawings) if self.views_on == "device" else (),
         )
+
+    def _make(self, image: Pixels, drawn: Drawn, b: int, v: int, out: Pixels) -> None:
+        """View `v` of image `b`, as far as it is made here."""
+        filter, side = self.views.interpolation, len(out)
+        if self.views_on == "device":
+            crop_resize(image, drawn.crops[b, v].tolist(), side, filter, out)
+        else:
+            apply(image, drawn, b, v, side, filter, out, self.views.mean)
+
+
+def rescaled(
+    crops: NDArray[np.int64], full: NDArray[np.int64], held: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Crops (B, V, 4) of images of size `full` (B, 2), in pixels of the same of size `held`.
+
+    An edge moves by half a pixel of those at most, and a pixel is left at least.
+    """
+    scale = np.tile(held / full, 2)[:, None]  # (B, 1, 4)
+    edges = np.rint(crops * scale).astype(np.int64)
+    first = np.minimum(edges[..., :2], held[:, None] - 1)
+    return np.concatenate([first, np.maximum(edges[..., 2:], first + 1)], -1)
+
+
+def colours_of(drawings: Sequence[Drawn]) -> tuple[Colours, ...]:
+    """For each view, what was drawn for all images after their crops."""
+
+    def of(name: str, v: int) -> Tensor:
+        return torch.from_numpy(np.concatenate([getattr(d, name)[:, v] for d in drawings]))
+
+    names = [field.name for field in dataclasses.fields(Colours)]
+    views = drawings[0].flips.shape[1]
+    return tuple(Colours(**{name: of(name, v) for name in names}) for v in range(views))
 
 
 def readable(source: Source, index: int, seed: int, bad: list[str]) -> tuple[int, Pixels]:
@@ -171,7 +220,23 @@ def _quiet_worker() -> None:
     cv2.setNumThreads(0)  # the parallelism is over images
 
 
+def keep_freed_memory() -> None:
+    """Let this process keep the memory of freed images for the next ones, where glibc is.
+
+    Else each decoded image is given back to the system, and asked for again page by page: a third
+    of the time of decoding.
+    """
+    import ctypes
+
+    trim, direct = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(trim, 1 << 30)
+        libc.mallopt(direct, 32 << 20)  # the most that it takes
+
+
 def _single_thread(worker: int) -> None:
+    keep_freed_memory()
     # Ctrl-C and SIGTERM reach the whole process group; the main process ends its workers itself,
     # after the step that it is in
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -193,8 +258,12 @@ def normalised(
 def on_device(
     batch: Batch, views: Views, device: torch.device, layout: torch.memory_format
 ) -> Batch:
-    """The batch as a method sees it: on the device, its views normalised floats."""
+    """The batch as a method sees it: on the device, coloured there if so, normalised floats."""
+    flips = batch.flips  # on the CPU, as they are
     batch = batch.to(device)
+    if batch.colours:
+        drawn = zip(batch.views, flips, batch.colours, strict=True)
+        batch = dataclasses.replace(batch, views=tuple(coloured(*each) for each in drawn))
     floats = tuple(normalised(view, views.mean, views.std, layout) for view in batch.views)
     return dataclasses.replace(batch, views=floats)
 

@@ -193,6 +193,11 @@ class Pretrain:
     cache: Literal["none", "shared", "part"] = "none"
     """Files of images in memory: none; all of them, shared by the ranks of a machine; on each of
     several machines only its part, which it trains on alone (another order of images)."""
+    resident: bool = False
+    """Hold all images as pixels on the training device and make views there, without workers."""
+    views_on: Literal["worker", "device"] = "worker"
+    """Who flips, colours and blurs views: the processes that cut them out, or the training device,
+    for whole batches; the same views but for a level here and there."""
     workers: int = -1
     """Processes that make views, per rank; 0: none, in turn with training; -1: picked by cores."""
     dry_run: bool = False
@@ -206,6 +211,8 @@ class Pretrain:
                 f"--window-stride must be from 1 to the {self.window_size} of --window-size, "
                 f"not {self.window_stride}"
             )
+        if self.views.hide and (self.resident or self.views_on == "device"):
+            raise UserError("--views.hide is done by workers; use --views-on worker, no --resident")
         require_positive("--", self, "base_lr", "probe_k", "probe_temperature", "probe_images")
         require_positive("--", self, "probe_every")
         if not self.probe_lrs or not all(0 < lr < math.inf for lr in self.probe_lrs):

@@ -117,6 +117,7 @@ def dry_run(name: str, config: Pretrain, source: Source) -> dict[str, Any]:
         seed=config.seed,
         rank=distributed.rank(),
         world=world,
+        views_on=config.views_on,
     )
     began = time.perf_counter()
     maker.batch(0)

@@ -94,7 +94,7 @@ def test_every_command_of_the_docs_is_understood(page, words, monkeypatch, capsy
         embed: ("run",),
         localize: ("run", "masks"),
         report: ("write_report",),
-        data: ("info", "subset", "verify", "views", "zip_up"),
+        data: ("info", "pack", "subset", "verify", "views", "zip_up"),
         convert: ("read",),
     }.items():
         for name in names:

@@ -17,9 +17,9 @@ _TORCHVISION = ("cifar10:", "cifar100:", "stl10:", "imagenet:")
 _SCENES = ("scenes:train", "scenes:test")
 _NAMES = (*_SCENES, "scenes:train@N", "cifar10:train", "cifar100:train", "stl10:train")
 _UNDERSTOOD = (
-    "a folder of images or tars, a .zip, a .tar, a list (.txt, .csv, .parquet), scenes:train, "
-    "scenes:test, scenes:train@N, cifar10:train, cifar100:train, stl10:train, imagenet:train@ROOT, "
-    "hf:NAME:SPLIT"
+    "a folder of images or tars, a .zip, a .tar, a .pack, a list (.txt, .csv, .parquet), "
+    "scenes:train, scenes:test, scenes:train@N, cifar10:train, cifar100:train, stl10:train, "
+    "imagenet:train@ROOT, hf:NAME:SPLIT"
 )
 
 
@@ -60,6 +60,10 @@ def _open(spec: str) -> Source:
         from firstsight.sources.tar import Tar
 
         return Tar(spec)
+    if suffix == ".pack":
+        from firstsight.sources.packed import Packed
+
+        return Packed(spec)
     if suffix in (".txt", ".csv", ".parquet"):
         from firstsight.sources.listed import Listed
 
@@ -95,7 +99,7 @@ def _open(spec: str) -> Source:
 
 
 def _folder(spec: str) -> Source:
-    """x."""
+    """A folder of tars or of static views, else of images."""
     from firstsight.sources.folder import Folder
     from firstsight.sources.static import MANIFEST, StaticViews
     from firstsight.sources.tar import Tar, tars_in

@@ -43,6 +43,10 @@ class Source(ABC):
     def pixels(self, index: int) -> Pixels:
         """Image `index`, upright and RGB, (H, W, 3) uint8; raises `UnreadableImage`."""
 
+    def full_size(self, index: int, pixels: Pixels) -> tuple[int, int]:
+        """Width and height of the original of `pixels`, where crops are drawn."""
+        return pixels.shape[1], pixels.shape[0]
+
     def fingerprint(self) -> str:
         """A short hash of all identities and labels: tells whether it is the same source."""
         import hashlib

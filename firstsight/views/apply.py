@@ -107,11 +107,22 @@ def resize(
         source = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
         # [None] before the permutation: after it, torch no longer sees channels-last memory, and
         # both its result and the copy of it take more than twice as long.
-        resized = torch.nn.functional.interpolate(
-            source[None].permute(0, 3, 1, 2), (height, width), mode=interpolation, antialias=True
-        )
-        out[...] = resized[0].permute(1, 2, 0).numpy()
+        resized = source[None].permute(0, 3, 1, 2)
+        if height < pixels.shape[0] and interpolation == "bilinear":
+            # Of the two passes, the one along the columns costs half as much; fewer rows are left
+            # for the other. torch alone goes along the rows first: 1.5 times as slow. Bicubic feels
+            # the order, as it overshoots.
+            resized = _antialiased(resized, height, pixels.shape[1], interpolation)
+        out[...] = _antialiased(resized, height, width, interpolation)[0].permute(1, 2, 0).numpy()
     return out
+
+
+def _antialiased(
+    images: torch.Tensor, height: int, width: int, interpolation: Interpolation
+) -> torch.Tensor:
+    return torch.nn.functional.interpolate(
+        images, (height, width), mode=interpolation, antialias=True
+    )
 
 
 def adjust_brightness(pixels: Pixels, factor: float, out: Pixels | None = None) -> Pixels:
@@ -188,7 +199,10 @@ def gaussian_blur(pixels: Pixels, sigma: float, out: Pixels | None = None) -> Pi
     Reference: `gaussian_blur` of torchvision with a wide kernel. Pillow's GaussianBlur, which MoCo
     uses, is three box filters instead: on photographs 0.4 to 1 grey level away on average.
     """
-    return _array(cv2.GaussianBlur(pixels, (0, 0), sigma, dst=out))
+    taps = round(6 * sigma + 1) | 1
+    kernel = cv2.getGaussianKernel(taps, sigma, cv2.CV_32F)
+    # Not cv2.GaussianBlur: its fixed-point way for 8 bits is further off, and up to 3 times slower.
+    return _array(cv2.sepFilter2D(pixels, -1, kernel, kernel, dst=out))
 
 
 def solarize(pixels: Pixels, out: Pixels | None = None) -> Pixels:

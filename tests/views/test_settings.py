@@ -6,6 +6,7 @@ import pytest
 
 from firstsight.errors import UserError
 from firstsight.views import PRESETS, Views
+from tests.tiny import config
 
 
 def test_values_repeat_over_resolutions_and_views():
@@ -90,3 +91,9 @@ def test_presets_are_those_of_the_papers():
 def test_settings_import_neither_torch_nor_opencv():
     code = "import sys, firstsight.views; assert not {'torch', 'cv2'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_hidden_cells_are_a_work_of_workers(tmp_path):
+    for elsewhere in ({"views_on": "device"}, {"resident": True}):
+        with pytest.raises(UserError, match="--views-on worker"):
+            config("simclr", tmp_path, views={"hide": 0.75}, **elsewhere)
