@@ -111,6 +111,9 @@ def test_every_command_of_the_docs_is_understood(page, words, monkeypatch, capsy
     assert any(shown), "said something and did nothing"
 
 
+PHOTOGRAPHS = 12
+
+
 def photographs(path, labelled):
     """Twelve pictures in a folder, flat or of two classes, or in a `.zip` of such a folder."""
     if path.suffix == ".zip":
@@ -118,7 +121,7 @@ def photographs(path, labelled):
         shutil.make_archive(str(path.with_suffix("")), "zip", path.with_suffix(""))
         return
     generator = np.random.default_rng(0)
-    for i in range(12):
+    for i in range(PHOTOGRAPHS):
         folder = path / ("cats" if i % 2 else "dogs") if labelled else path
         folder.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(folder / f"{i}.jpg"), generator.integers(0, 256, (40, 48, 3)))
@@ -127,13 +130,13 @@ def photographs(path, labelled):
 def annotations(path):
     """Where the objects of such photographs are: CUB's text files, or Pascal VOC's XML."""
     if path.suffix == ".txt":
-        names = [f"{i} {'cats' if i % 2 else 'dogs'}/{i}.jpg\n" for i in range(12)]
+        names = [f"{i} {'cats' if i % 2 else 'dogs'}/{i}.jpg\n" for i in range(PHOTOGRAPHS)]
         path.with_name("images.txt").write_text("".join(names))
-        path.write_text("".join(f"{i} 5 5 30 20\n" for i in range(12)))
+        path.write_text("".join(f"{i} 5 5 30 20\n" for i in range(PHOTOGRAPHS)))
         return
     path.mkdir(parents=True)
     corners = "<xmin>6</xmin><ymin>6</ymin><xmax>35</xmax><ymax>25</ymax>"
-    for i in range(12):
+    for i in range(PHOTOGRAPHS):
         thing = f"<object><name>pet</name><bndbox>{corners}</bndbox></object>"
         (path / f"{i}.xml").write_text(f"<annotation>{thing}</annotation>")
 
@@ -151,10 +154,12 @@ def small(args):
     if args == ["pretrain"]:  # lists the methods
         return args
     args = [re.sub(r"^(scenes:\w+)(@\d+)?$", rf"\1@{SCENES}", word) for word in args]
-    if "--k" in args:  # no more neighbours than scenes
+    if "--k" in args:  # no more neighbours than there are images
         at = args.index("--k") + 1
         for place in itertools.takewhile(lambda i: args[i].isdigit(), range(at, len(args))):
-            args[place] = str(min(int(args[place]), SCENES))
+            args[place] = str(min(int(args[place]), SCENES, PHOTOGRAPHS))
+    if args[:2] == ["pretrain", "scrl"]:
+        args += ["--method.min-size", "8"]  # two boxes must fit into a view
     if args[0] == "pretrain" and "--epochs" in args:
         at = args.index("--epochs") + 1
         args[at] = str(min(float(args[at]), MOST_EPOCHS))
