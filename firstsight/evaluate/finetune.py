@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from firstsight import checkpoint, distributed, keyed
+from firstsight import distributed, keyed
 from firstsight.backbones import Backbone
 from firstsight.errors import UserError, require_positive, require_share, unknown
 from firstsight.evaluate.linear import crops, prepared, refuse_uneven
+from firstsight.evaluate.opened import opened
 from firstsight.features import Reader, extract
 from firstsight.heads import Heads
 from firstsight.loader import Steps, batches, normalised
@@ -31,8 +32,7 @@ from firstsight.nets import cast_to
 from firstsight.optim import cosine
 from firstsight.order import Epochs
 from firstsight.settings import plain
-from firstsight.sources import fetch, open_source
-from firstsight.sources.base import Pixels, Source, class_count, common_labels
+from firstsight.sources.base import Pixels, Source
 from firstsight.views import Interpolation
 
 
@@ -150,17 +150,18 @@ def finetune(
         raise unknown("protocol", protocol, TUNINGS)
     changes: dict[str, Any] = {k: v for k, v in given.items() if v not in (None, ())}
     how = dataclasses.replace(TUNINGS[protocol], **changes)
-    where = distributed.start(device, threads)
-    backbone, about = checkpoint.load_backbone(checkpoint_spec)
-    reader = Reader.like(
-        about, size, precision=precision, workers=workers, interpolation=how.interpolation
+    backbone, reader, source, asked, own, asked_labels, classes, where = opened(
+        checkpoint_spec,
+        train=train,
+        test=test,
+        size=size,
+        precision=precision,
+        interpolation=how.interpolation,
+        workers=workers,
+        download=download,
+        device=device,
+        threads=threads,
     )
-    backbone.to(where)
-    if download:
-        fetch(train, test)
-    source, asked = open_source(train), open_source(test)
-    own, asked_labels = common_labels(source, asked, "--train", "--test")
-    classes = class_count(source)
     part = Part(source, chosen(own, labels, seed))
     how = dataclasses.replace(how, batch_size=min(how.batch_size, _whole(len(part))))
     refuse_uneven(how.batch_size)

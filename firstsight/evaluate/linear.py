@@ -23,17 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from firstsight import checkpoint, distributed, keyed
+from firstsight import distributed, keyed
 from firstsight.backbones import Backbone
 from firstsight.errors import UserError
+from firstsight.evaluate.opened import opened
 from firstsight.evaluate.protocols import Protocol, Representation, overridden, stated
 from firstsight.features import Reader, Seen, extract, pooled, refuse_unusable
 from firstsight.heads import Descent, Heads
 from firstsight.loader import Steps, batches
 from firstsight.log import Meter, say
 from firstsight.order import Epochs
-from firstsight.sources import fetch, open_source
-from firstsight.sources.base import Source, class_count, common_labels
+from firstsight.sources.base import Source
 from firstsight.views import Interpolation, Views
 
 HELD_OUT = 10
@@ -95,17 +95,18 @@ def linear(
         "interpolation": interpolation,
     }
     how = overridden(protocol, epochs, given)
-    where = distributed.start(device, threads)
-    backbone, about = checkpoint.load_backbone(checkpoint_spec)
-    reader = Reader.like(
-        about, size, precision=precision, workers=workers, interpolation=how.interpolation
+    backbone, reader, source, asked, labels, asked_labels, classes, _ = opened(
+        checkpoint_spec,
+        train=train,
+        test=test,
+        size=size,
+        precision=precision,
+        interpolation=how.interpolation,
+        workers=workers,
+        download=download,
+        device=device,
+        threads=threads,
     )
-    backbone.to(where)
-    if download:
-        fetch(train, test)
-    source, asked = open_source(train), open_source(test)
-    labels, asked_labels = common_labels(source, asked, "--train", "--test")
-    classes = class_count(source)
     with untouched(backbone):
         queries = extract(backbone, asked, reader)
         test_rows = queries.values, queries.labels(asked_labels)
