@@ -1,7 +1,6 @@
 """--cache: the same images in the same order, nothing left behind, refused if it does not fit."""
 
 import dataclasses
-import multiprocessing
 import os
 import pickle
 import signal
@@ -129,9 +128,7 @@ def test_one_machine_has_the_usual_order_and_batches_must_divide():
         cache.Shares(24, 10, 0, 3)
 
 
-def _rank(rank, port, photos, answers):
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _rank(rank, photos):
     distributed.start("cpu", 1)
     source = open_source(photos)
     with cache.held(source, "shared") as held:
@@ -143,26 +140,14 @@ def _rank(rank, port, photos, answers):
         same &= all((held.pixels(i) == source.pixels(i)).all() for i in range(24))
     order = cache.Shares(24, 6, 0, distributed.machines())
     mine = [np.array_split(order.indices(step), 2)[rank].tolist() for step in range(4)]
-    answers.put((rank, all(here), same, part, sorted(i for step in mine for i in step)))
     distributed.stop()
+    return all(here), same, part, sorted(i for step in mine for i in step)
 
 
-def test_two_ranks_share_a_segment_and_two_machines_hold_their_parts(photos):
-    from tests.methods.test_all import free_port
-
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    answers = context.Queue()
-    ranks = [context.Process(target=_rank, args=(r, port, str(photos), answers)) for r in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-        assert process.exitcode == 0
-    found = sorted(answers.get(timeout=10) for _ in ranks)
-    for process in ranks:
-        process.join(60)
+def test_two_ranks_share_a_segment_and_two_machines_hold_their_parts(photos, on_ranks):
+    found = on_ranks(_rank, str(photos))
     evens, odds = list(range(0, 24, 2)), list(range(1, 24, 2))
-    assert found == [(0, True, True, evens, evens), (1, True, True, odds, odds)]
+    assert found == [(True, True, evens, evens), (True, True, odds, odds)]
     assert left_behind() == []
 
 

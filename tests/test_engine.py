@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,7 +19,6 @@ from firstsight.log import read_log
 from firstsight.order import Epochs
 from firstsight.probe import KnnProbe
 from firstsight.schedule import Schedule, due
-from tests.methods.test_all import free_port
 from tests.tiny import Patches, config
 
 
@@ -337,23 +335,15 @@ def test_bad_files_are_counted_over_the_whole_of_a_resumed_run(tmp_path, monkeyp
     assert counts == sorted(counts) and counts[-1] == 3
 
 
-def _rank_of_a_run(rank, port, folder):
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _rank_of_a_run(rank, folder):
     values = {"probe_test": "scenes:test@20", "precision": "auto", "probe_readings": 1}
     values |= {"probe": "both", "probe_train": "scenes:train@21", "probe_every": 3}
     run.pretrain("mocov2", config("mocov2", folder, data="scenes:train@32", **values))
 
 
-def test_two_ranks_walk_the_whole_road(tmp_path):
+def test_two_ranks_walk_the_whole_road(tmp_path, on_ranks):
     """Trial, readings, log, checkpoints, pictures, report: nobody waits for anybody for ever."""
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    ranks = [context.Process(target=_rank_of_a_run, args=(r, port, tmp_path)) for r in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(240)
-        assert process.exitcode == 0
+    on_ranks(_rank_of_a_run, tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 8 and summary["knn"]["trained"] is not None
     assert {"linear", "linear_online"} <= summary.keys()
@@ -378,11 +368,7 @@ def test_a_batch_that_ranks_and_chunks_cannot_share_is_refused(
     run._refuse_unequal_shares(config("simclr", tmp_path, batch_size=16, accumulate=2))
 
 
-def _features_of_own_statistics(rank, port, folder):
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
+def _features_of_own_statistics(rank, folder):
     distributed.start("cpu")
     network = _network_with_statistics(rank)
     features = extract(network, Patches(8), Reader(size=32, batch_size=2))
@@ -399,18 +385,9 @@ def _network_with_statistics(rank):
     return network
 
 
-def test_ranks_with_other_batch_norm_statistics_judge_one_network(tmp_path):
+def test_ranks_with_other_batch_norm_statistics_judge_one_network(tmp_path, on_ranks):
     """Without DDP's broadcast each rank has statistics of its own: those of rank 0 are judged."""
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    ranks = [
-        context.Process(target=_features_of_own_statistics, args=(r, port, tmp_path))
-        for r in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(240)
-        assert process.exitcode == 0
+    on_ranks(_features_of_own_statistics, tmp_path)
     alone = extract(_network_with_statistics(0), Patches(8), Reader(size=32)).values
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), alone, atol=1e-5, rtol=1e-5)

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import math
-import multiprocessing
-import os
 
 import numpy as np
 import pytest
@@ -368,9 +366,7 @@ def test_one_class_alone_is_refused():
         class_count(lone)
 
 
-def _rank(rank, port, folder):
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _rank(rank, folder):
     results = [
         linear(NETWORK_SPEC, **SOURCES, size=32, epochs=3, device="cpu", threads=1, **more)
         for more in ({}, {"protocol": "moco", "batch_size": 16})
@@ -379,20 +375,12 @@ def _rank(rank, port, folder):
     distributed.stop()
 
 
-def test_two_ranks_read_what_one_process_reads(tmp_path):
-    from tests.methods.test_all import free_port
-
+def test_two_ranks_read_what_one_process_reads(tmp_path, on_ranks):
     alone = [
         linear(NETWORK_SPEC, **SOURCES, size=32, epochs=3, device="cpu", threads=1, **more)
         for more in ({}, {"protocol": "moco", "batch_size": 16})
     ]
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    ranks = [context.Process(target=_rank, args=(r, port, tmp_path)) for r in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(240)
-        assert process.exitcode == 0
+    on_ranks(_rank, tmp_path)
     for rank in range(2):
         results = json.loads((tmp_path / f"{rank}.json").read_text())
         for one, other in zip(alone, results, strict=True):

@@ -1,8 +1,6 @@
 """One optimiser step: chunks, loss scaling, clipping, compiled backbones."""
 
 import dataclasses
-import multiprocessing
-import os
 import shutil
 
 import pytest
@@ -12,7 +10,7 @@ from firstsight import backbones, distributed, engine, methods, optim, run, upda
 from firstsight.errors import UserError
 from firstsight.log import read_log
 from firstsight.state import State
-from tests.methods.test_all import batch_of, built, free_port
+from tests.methods.test_all import batch_of, built
 from tests.tiny import Patches, config
 
 
@@ -51,11 +49,11 @@ def test_moco_in_chunks_is_moco_with_batch_norm_in_splits(symmetric, length, mon
             torch.testing.assert_close(chunked[1][key], value, rtol=1e-8, atol=1e-10, msg=key)
 
 
-def _rank_of_two(rank, port, folder):
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    os.environ.update(MASTER_PORT=str(port))
+def _rank_of_two(rank, folder):
     distributed.start("cpu", threads=1)
-    torch.save(_mean_gradients(folder, rank, 2, accumulate=2), f"{folder}/{rank}.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(update, "on_device", lambda batch, *_: batch)
+        torch.save(_mean_gradients(folder, rank, 2, accumulate=2), f"{folder}/{rank}.pt")
     distributed.stop()
 
 
@@ -69,22 +67,15 @@ def _mean_gradients(folder, rank, world, **values):
         flips=tuple(flip[share] for flip in whole.flips),
         index=whole.index[share],
     )
-    update.on_device = lambda batch, *_: batch
     settings = config("mocov2", folder, **values)
     update.gradients(distributed.replica(method), part, update.scaler(settings), settings)
     return {key: p.grad for key, p in method.named_parameters() if p.grad is not None}
 
 
-def test_two_ranks_in_chunks_are_one_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(update, "on_device", update.on_device)  # put back afterwards
+def test_two_ranks_in_chunks_are_one_process(tmp_path, monkeypatch, on_ranks):
+    monkeypatch.setattr(update, "on_device", lambda batch, *_: batch)
     expected = _mean_gradients(tmp_path, 0, 1)
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    ranks = [context.Process(target=_rank_of_two, args=(r, port, tmp_path)) for r in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(180)
-        assert process.exitcode == 0
+    on_ranks(_rank_of_two, tmp_path)
     for rank in range(2):
         got = torch.load(tmp_path / f"{rank}.pt")
         assert got.keys() == expected.keys()

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
-import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -97,18 +94,14 @@ def test_a_momentum_encoder_is_really_used_and_moves_alone(name, tmp_path):
     assert not any(p.requires_grad for p in copies[0].parameters())
 
 
-def _one_rank(rank, world, port, name, folder, overrides):
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
+def one_rank(rank, world, name, folder, overrides):
+    """On a rank: what `gradients` gives for this rank's share of the batch."""
     distributed.start("cpu")
-    result = _gradients(name, folder, overrides, rank, world)
-    torch.save(result, f"{folder}/rank-{rank}.pt")
+    torch.save(gradients(name, folder, overrides, rank, world), f"{folder}/rank-{rank}.pt")
     distributed.stop()
 
 
-def _gradients(name, folder, overrides, rank=0, world=1):
+def gradients(name, folder, overrides, rank=0, world=1):
     settings = config(name, Path(folder), **overrides)
     method = methods.build(name, settings, images=48).double()  # no flips of a ReLU by rounding
     model = distributed.replica(method)
@@ -130,33 +123,16 @@ def _gradients(name, folder, overrides, rank=0, world=1):
     return distributed.mean(loss.detach()), grads, buffers
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_two_ranks_are_one_process_on_the_same_batch(name, tmp_path):
+def test_two_ranks_are_one_process_on_the_same_batch(name, tmp_path, on_ranks):
     """Loss, gradients and queues; per-rank batch-norm is emulated by splits of the batch."""
     _, defaults, own = methods.describe(name)
     splits = hasattr(own, "splits")
     if not splits:
         assert defaults.batch_norm == "global"
-    loss, grads, buffers = _gradients(
-        name, str(tmp_path), {"method": {"splits": 2}} if splits else {}
-    )
-    context = multiprocessing.get_context("spawn")
-    port = free_port()
-    ranks = [
-        context.Process(target=_one_rank, args=(r, 2, port, name, str(tmp_path), {}))
-        for r in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(180)
-        assert process.exitcode == 0
+    alone = {"method": {"splits": 2}} if splits else {}
+    loss, grads, buffers = gradients(name, str(tmp_path), alone)
+    on_ranks(one_rank, 2, name, str(tmp_path), {})
     for rank in range(2):
         got_loss, got_grads, got_buffers = torch.load(tmp_path / f"rank-{rank}.pt")
         assert got_loss == pytest.approx(loss, rel=1e-10)

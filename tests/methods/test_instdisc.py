@@ -1,6 +1,5 @@
 import dataclasses
 import math
-import multiprocessing
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from firstsight import distributed, methods
 from firstsight.backbones import build
 from firstsight.errors import UserError
 from firstsight.methods.instdisc import Config, InstDisc, instance_nce, instance_softmax
-from tests.methods.test_all import _one_rank, batch_of, free_port
+from tests.methods.test_all import batch_of, one_rank
 from tests.tiny import NETWORK, config
 
 
@@ -125,18 +124,9 @@ def test_a_published_bank_hears_of_its_own_images_alone(monkeypatch):
     torch.testing.assert_close(instdisc.rows[:3].norm(dim=1), torch.ones(3).double())
 
 
-def test_two_ranks_keep_one_bank(tmp_path):
+def test_two_ranks_keep_one_bank(tmp_path, on_ranks):
     """All rows of both ranks' images move, on both ranks alike."""
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    ranks = [
-        context.Process(target=_one_rank, args=(r, 2, port, "instdisc", str(tmp_path), {}))
-        for r in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(600)
-        assert process.exitcode == 0
+    on_ranks(one_rank, 2, "instdisc", str(tmp_path), {})
     (_, _, one), (_, _, other) = (torch.load(tmp_path / f"rank-{r}.pt") for r in range(2))
     assert torch.equal(one["rows"], other["rows"]) and torch.equal(one["drawn"], other["drawn"])
     built = methods.build("instdisc", config("instdisc", tmp_path), images=48).double()

@@ -1,6 +1,5 @@
 import dataclasses
 import math
-import multiprocessing
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from firstsight.log import read_log
 from firstsight.methods.pic import PIC, Config, cosines, pic_loss, prototype_gradient
 from firstsight.nets import uncast
 from firstsight.settings import preset_views
-from tests.methods.test_all import _gradients, _one_rank, batch_of, free_port
+from tests.methods.test_all import batch_of, gradients, one_rank
 from tests.tiny import NETWORK, Patches, config
 
 Z = torch.tensor([[1.0, 2.0], [0.0, -1.0]], dtype=torch.float64)
@@ -213,21 +212,11 @@ def test_chunks_of_a_sampled_batch_reach_the_prototypes_of_all_of_them(tmp_path,
     assert set(range(22, 28)) == set(pic.recent.index.tolist())
 
 
-def test_two_ranks_draw_their_negatives_from_both(tmp_path):
+def test_two_ranks_draw_their_negatives_from_both(tmp_path, on_ranks):
     """Sampled: same classes, same prototypes on both ranks, those of one process on all images."""
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    asked = {"method": {"negatives": 10}}
-    ranks = [
-        context.Process(target=_one_rank, args=(r, 2, port, "pic", str(tmp_path), asked))
-        for r in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(600)
-        assert process.exitcode == 0
+    on_ranks(one_rank, 2, "pic", str(tmp_path), {"method": {"negatives": 10}})
     asked = {"method": {"negatives": 10, "splits": 2}}
-    loss, grads, buffers = _gradients("pic", str(tmp_path), asked)
+    loss, grads, buffers = gradients("pic", str(tmp_path), asked)
     for rank in range(2):
         got_loss, got_grads, got = torch.load(tmp_path / f"rank-{rank}.pt")
         assert got_loss == pytest.approx(loss, rel=1e-10)
