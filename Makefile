@@ -1,6 +1,8 @@
 # make demo, make test: both set up .venv first; all else is for those who work on the project.
 PYTHON ?= python3
 BIN := .venv/bin
+# the tests are many and small: a process for each core, one thread in each
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test slow lint setup
 
@@ -8,10 +10,10 @@ demo: .venv/ready
 	$(BIN)/firstsight demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 slow: .venv/ready
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: .venv/ready
 	$(BIN)/ruff check firstsight tests benchmarks
