@@ -193,6 +193,8 @@ class Interrupted(Exception):
 )
 def test_a_resumed_run_ends_where_an_unbroken_run_ends(name, at, options, tmp_path, monkeypatch):
     """Bit for bit, with another number of workers: weights, optimiser, scaler, queue, log."""
+    if options.get("precision") == "fp16" and name not in ("mocov2", "pic"):
+        pytest.skip("half precision is slow on a CPU: two methods show that the scaler goes on")
     source = Patches(48)  # 6 steps an epoch, 12 in all, a checkpoint after every third
 
     def ended(folder, workers=0):
