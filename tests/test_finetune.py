@@ -148,7 +148,7 @@ class Colours(Patches):
 def test_it_learns_its_labels():
     backbone, source, reader = load_backbone(f"random:{NETWORK}"), Colours(30), Reader(size=32)
     heads = Heads(1, backbone.width, 3, seed=0)
-    how = Tuning(lr=0.003, head_lr=0.1, epochs=16, batch_size=6)
+    how = Tuning(lr=0.003, head_lr=0.01, epochs=20, batch_size=10)
     before = heads.judged(extract(backbone, source, reader).values, torch.arange(30) % 3)
     for _ in tuned(backbone, heads, Part(source, np.arange(30)), how, reader, 0, set()):
         pass
