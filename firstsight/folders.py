@@ -106,6 +106,10 @@ def _compared(config: Pretrain, earlier: Path) -> tuple[Pretrain, _Differing]:
         precision=old.precision if config.precision == "auto" else config.precision,
         layout=old.layout if config.layout == "auto" else config.layout,
         warmup_epochs=old.warmup_epochs if config.epochs > old.epochs else config.warmup_epochs,
+        views=dataclasses.replace(
+            config.views,
+            merge=dataclasses.replace(config.views.merge, sha256=old.views.merge.sha256),
+        ),
     )
     differing = _differences(plain(old), plain(config))
     if "part" not in (old.cache, config.cache):  # the other two differ in speed alone
