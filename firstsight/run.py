@@ -53,6 +53,7 @@ def pretrain(name: str, config: Pretrain) -> Path:
         earlier = out / "config.yaml"
         if distributed.share((out / "checkpoints").exists() and earlier.exists()):
             config = _with_masks(folders.continued(name, config, earlier), source)
+            folders.extend(name, config, earlier)
         else:
             if distributed.share(any((out / "checkpoints").glob("*"))):
                 raise UserError(
