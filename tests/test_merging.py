@@ -11,11 +11,13 @@ import torch
 from firstsight import merging, methods, run, trial
 from firstsight.errors import UserError
 from firstsight.loader import Steps
+from firstsight.localize.commands import Masks
+from firstsight.localize.grids import write_masks
 from firstsight.order import Epochs
 from firstsight.settings import read_yaml
 from firstsight.sources.base import UnreadableImage, readable
-from firstsight.sources.masks import foreground, foregrounds_of
-from firstsight.views import Merge, Views
+from firstsight.sources.masks import foreground, foregrounds_of, read_masks
+from firstsight.views import Merge
 from firstsight.views.apply import apply
 from firstsight.views.draw import draw
 from firstsight.views.merge import draw_merges, exchanged, merged
@@ -209,6 +211,16 @@ def test_masks_that_do_not_cover_the_source_are_refused_and_counted(masks, tmp_p
     assert foregrounds_of(known, Patches(15), 0.5).sum((1, 2)).tolist() == [8] * 15
 
 
+def test_images_that_cannot_be_read_when_masks_are_made_need_none(tmp_path):
+    asked = Masks(
+        checkpoint=f"random:{NETWORK}", data="patches", out=str(tmp_path / "m.json"), input_size=64
+    )
+    bad = Patches(N, unreadable=(4, 7))
+    assert write_masks(asked, bad)["images"] == N - 2
+    assert read_masks(asked.out)[1]["unreadable"] == ["patch-4.png", "patch-7.png"]
+    assert foregrounds_of(asked.out, bad, 0.5).sum((1, 2)).tolist() == [8] * N
+
+
 class Nested(Patches):
     def identity(self, index):
         return f"deep/{index // 2}/{index % 2}.png"
@@ -312,7 +324,3 @@ def test_the_sheet_of_a_run_shows_merged_views(masks):
     cell = 32 + 2 * 3 + 6
     places = {(x % (block + 24)) // cell for x in differs}
     assert places == {1}, "only the query: not the original, not the key"
-
-
-def test_settings_of_merging_are_those_of_views():
-    assert Views().merge == Merge() and Merge().probability == 0
