@@ -76,17 +76,22 @@ def continued(name: str, config: Pretrain, earlier: Path) -> Pretrain:
         raise UserError(f"{earlier.parent} is a run of {old_name}; use another --out for {name}")
     config, differing = _compared(config, earlier)
     was, wanted = differing.get("epochs", (0.0, 0.0))
-    if longer := wanted > was:
+    if wanted > was:
         differing.pop("epochs")
     if differing:
         told = ", ".join(f"{flag(k)} {new} (was {was})" for k, (was, new) in differing.items())
         raise UserError(f"{earlier.parent} was started otherwise: {told}; use another --out")
-    if longer:
-        say(f"extending {earlier.parent} from {was:g} to {wanted:g} epochs")
+    return config
+
+
+def extend(name: str, config: Pretrain, earlier: Path) -> None:
+    """Note that the run goes on to more epochs than it was begun with, where that is so."""
+    was = distributed.share(float(read_yaml(earlier)["epochs"]))
+    if config.epochs > was:
+        say(f"extending {earlier.parent} from {was:g} to {config.epochs:g} epochs")
         if distributed.rank() == 0:
             write_yaml(earlier, {"name": name, **plain(config)})
             (earlier.parent / "summary.json").unlink(missing_ok=True)
-    return config
 
 
 _Differing = dict[str, tuple[Any, Any]]
@@ -106,6 +111,10 @@ def _compared(config: Pretrain, earlier: Path) -> tuple[Pretrain, _Differing]:
         precision=old.precision if config.precision == "auto" else config.precision,
         layout=old.layout if config.layout == "auto" else config.layout,
         warmup_epochs=old.warmup_epochs if config.epochs > old.epochs else config.warmup_epochs,
+        views=dataclasses.replace(
+            config.views,
+            merge=dataclasses.replace(config.views.merge, sha256=old.views.merge.sha256),
+        ),
     )
     differing = _differences(plain(old), plain(config))
     if "part" not in (old.cache, config.cache):  # the other two differ in speed alone

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from firstsight import distributed, keyed
+from firstsight import distributed
 from firstsight.batch import Batch, Colours
 from firstsight.errors import UserError
-from firstsight.sources.base import Pixels, Source, UnreadableImage
+from firstsight.merging import Merger
+from firstsight.sources.base import Pixels, Source, UnreadableImage, readable
 from firstsight.views import Interpolation, Views
 from firstsight.views.apply import Crop, apply, crop_resize, eval_view
 from firstsight.views.batched import coloured
@@ -37,7 +38,6 @@ ViewsOn = Literal["worker", "device"]
 
 _Made = TypeVar("_Made")
 
-_ATTEMPTS = 50
 _CHUNK = 32
 """Decoded images held at a time: enough to draw for many at once, few enough for memory."""
 
@@ -54,6 +54,7 @@ class Steps(Dataset[Any]):
     rank: int
     world: int
     views_on: ViewsOn = "worker"
+    merger: Merger | None = None
 
     def __getitem__(self, step: int) -> Batch | UserError:
         try:
@@ -87,11 +88,16 @@ class Steps(Dataset[Any]):
             )
             crops[part], flips[part] = drawn.crops, drawn.flips
             drawings.append(drawn)
+            merges = self.merger.draw(self.order.epoch(step), index[part]) if self.merger else None
             if (held != shapes).any():  # smaller pictures stand for the originals
                 drawn = dataclasses.replace(drawn, crops=rescaled(drawn.crops, shapes, held))
             for b, image in enumerate(images):
                 for v, picture in enumerate(pictures):
-                    self._make(image, drawn, b, v, picture[start + b])
+                    shown = image
+                    if self.merger and merges:
+                        at = int(chosen[start + b])
+                        shown = self.merger.shown(image, at, merges, b, v, bad)
+                    self._make(shown, drawn, b, v, picture[start + b])
         labels = self.source.labels
         return Batch(
             views=tuple(_channels_first(picture) for picture in pictures),
@@ -134,21 +140,6 @@ def colours_of(drawings: Sequence[Drawn]) -> tuple[Colours, ...]:
     names = [field.name for field in dataclasses.fields(Colours)]
     views = drawings[0].flips.shape[1]
     return tuple(Colours(**{name: of(name, v) for name in names}) for v in range(views))
-
-
-def readable(source: Source, index: int, seed: int, bad: list[str]) -> tuple[int, Pixels]:
-    """Image `index`, or a replacement that is always the same one, behind its position.
-
-    Names of images that cannot be decoded are added to `bad`.
-    """
-    chosen = index
-    for attempt in range(_ATTEMPTS):
-        try:
-            return chosen, source.pixels(chosen)
-        except UnreadableImage:
-            bad.append(source.identity(chosen))
-            chosen = int(keyed.hashed(seed, index, attempt) % np.uint64(len(source)))
-    raise UserError(f"{source.spec}: {_ATTEMPTS} images in turn cannot be decoded, {bad[0]} first")
 
 
 def _channels_first(picture: np.ndarray[Any, Any]) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from firstsight import checkpoint, distributed, keyed
 from firstsight.backbones import Backbone
 from firstsight.features import Features, Reader, extract, subset
+from firstsight.merging import merger_of
 from firstsight.metrics import nearest
 from firstsight.probe import KnnProbe
 from firstsight.settings import Pretrain
@@ -198,10 +199,12 @@ def views_sheet(config: Pretrain, source: Source) -> Pixels | None:
             continue
         if len(index) == PHOTOGRAPHS:
             break
-    blocks = [
-        sheet([image], config.views, config.size, draws=2, seed=config.seed, index=[i])
-        for image, i in zip(photographs, index, strict=True)
-    ]
+    blocks = []
+    merger = merger_of(config, source)
+    for image, i in zip(photographs, index, strict=True):
+        behind = merger.one(image, i) if merger else None
+        one, size, seed = [image], config.size, config.seed
+        blocks.append(sheet(one, config.views, size, draws=2, seed=seed, index=[i], behind=behind))
     if not blocks:
         return None
     beside = 2 if config.views.total <= 3 and len(blocks) > 1 else 1

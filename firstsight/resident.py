@@ -17,10 +17,11 @@ from torch import Tensor
 from firstsight import distributed
 from firstsight.batch import Batch
 from firstsight.errors import UserError
-from firstsight.loader import Steps, colours_of, readable, rescaled
+from firstsight.loader import Steps, colours_of, rescaled
 from firstsight.log import Meter
+from firstsight.merging import merger_of
 from firstsight.settings import Pretrain
-from firstsight.sources.base import Pixels, Source, UnreadableImage
+from firstsight.sources.base import Pixels, Source, UnreadableImage, readable
 from firstsight.views.batched import crop_resize
 from firstsight.views.draw import draw
 from firstsight.windows import Order
@@ -149,6 +150,7 @@ def maker_of(config: Pretrain, source: Source, order: Order, device: torch.devic
         rank=distributed.rank(),
         world=distributed.world(),
         views_on=config.views_on,
+        merger=merger_of(config, source),
     )
 
 

@@ -15,6 +15,7 @@ from firstsight import (
     distributed,
     engine,
     folders,
+    merging,
     methods,
     pictures,
     precision,
@@ -25,6 +26,8 @@ from firstsight.errors import UserError
 from firstsight.evaluate.linear import cached
 from firstsight.evaluate.protocols import PROTOCOLS, stated
 from firstsight.features import Reader, Seen
+from firstsight.localize.commands import Masks
+from firstsight.localize.grids import write_masks
 from firstsight.log import clock, read_log, require, say
 from firstsight.probe import KnnProbe
 from firstsight.report import write_report
@@ -49,7 +52,8 @@ def pretrain(name: str, config: Pretrain) -> Path:
     with folders.only_writer(out):
         earlier = out / "config.yaml"
         if distributed.share((out / "checkpoints").exists() and earlier.exists()):
-            config = folders.continued(name, config, earlier)
+            config = _with_masks(folders.continued(name, config, earlier), source)
+            folders.extend(name, config, earlier)
         else:
             if distributed.share(any((out / "checkpoints").glob("*"))):
                 raise UserError(
@@ -59,6 +63,8 @@ def pretrain(name: str, config: Pretrain) -> Path:
             config = _picked(name, config)
             if distributed.rank() == 0:
                 methods.build(name, config, len(source))  # refuses what does not fit together
+            config = _with_masks(config, source, anew=True)
+            if distributed.rank() == 0:
                 write_yaml(earlier, {"name": name, **plain(config)})
         distributed.barrier()
         probe = _probe(config, source)
@@ -111,6 +117,8 @@ def _opened(config: Pretrain) -> tuple[Pretrain, Source]:
     config = dataclasses.replace(config, workers=_workers(config))
     _refuse_unequal_shares(config)
     order_of(config, len(source))  # refuses batches and windows that cannot be filled
+    if config.views.merge.masks:
+        merging.merger_of(config, source)  # refuses masks that miss some images
     if config.order != "epochs" and config.window_size > len(source):
         say(f"--window-size {config.window_size}: each pass visits all {len(source)} images")
     _probe(config, source)
@@ -125,6 +133,38 @@ def _picked(name: str, config: Pretrain) -> Pretrain:
         precision=cast(Literal["fp32", "bf16", "fp16"], picked),
         layout=cast(Literal["channels_last", "contiguous"], layout),
     )
+
+
+def _with_masks(config: Pretrain, source: Source, anew: bool = False) -> Pretrain:
+    """`config` with the fingerprint of the masks, which are made first where no file is given.
+
+    A run that goes on, not `anew`, finds its own in its folder, and is refused others.
+    """
+    merge, file = config.views.merge, merging.masks_file(config)
+    if merge.probability == 0:
+        return config
+    if merge.foreground == "masks" and not merge.masks:
+        if distributed.share(anew or not file.exists()):
+            write_masks(
+                Masks(
+                    checkpoint=merge.network,
+                    data=config.data,
+                    out=str(file),
+                    grid=merge.grid,
+                    seed=config.seed,
+                    workers=config.workers,
+                ),
+                source,
+            )
+        distributed.barrier()  # the first rank has written
+    found = merging.fingerprint(merging.foregrounds(config, source))
+    if not anew and merge.sha256 != found:
+        raise UserError(
+            f"{file} is not what {config.out} began with; put the old one back, or use another "
+            "--out"
+        )
+    merge = dataclasses.replace(merge, sha256=found)
+    return dataclasses.replace(config, views=dataclasses.replace(config.views, merge=merge))
 
 
 def _say_what_chunks_change(name: str, config: Pretrain) -> None:

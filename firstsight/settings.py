@@ -213,6 +213,8 @@ class Pretrain:
             )
         if self.views.hide and (self.resident or self.views_on == "device"):
             raise UserError("--views.hide is done by workers; use --views-on worker, no --resident")
+        if self.views.merge.probability > 0 and self.resident:
+            raise UserError("--views.merge is done by workers; leave out --resident")
         require_positive("--", self, "base_lr", "probe_k", "probe_temperature", "probe_images")
         require_positive("--", self, "probe_every")
         if not self.probe_lrs or not all(0 < lr < math.inf for lr in self.probe_lrs):

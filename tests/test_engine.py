@@ -404,7 +404,9 @@ def test_a_run_that_goes_on_must_be_the_same_run(tmp_path):
     with pytest.raises(UserError, match="is a run of simclr"):
         folders.continued("mocov2", settings, earlier)
     longer = dataclasses.replace(settings, epochs=5.0)
-    assert folders.continued("simclr", longer, earlier).epochs == 5.0
+    longer = folders.continued("simclr", longer, earlier)
+    assert longer.epochs == 5.0
+    folders.extend("simclr", longer, earlier)
     with pytest.raises(UserError, match="--epochs 2"):
         folders.continued("simclr", settings, earlier)
 

@@ -1,11 +1,14 @@
 """Recipes: every one parses, builds, and says what was published; precedence and scaling."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from firstsight import cli, methods, recipes, settings
 from firstsight.errors import UserError
 from firstsight.schedule import Schedule
+from firstsight.views import PRESETS, Merge
 from tests.tiny import NETWORK
 
 # name: epochs, images of a batch, peak learning rate and weight decay, as their authors wrote them
@@ -29,6 +32,12 @@ PUBLISHED = {
     "mocov2-ssl-small-200ep": (200, 256, 0.03, 1e-4),
     "mocov2-ssl-small-improved-200ep": (200, 512, 0.06, 1e-4),
     "mocov2-ssl-small-improved-800ep": (800, 512, 0.06, 1e-4),
+    "mocov2-tobias-10k-200ep": (200, 256, 0.3, 1e-4),
+    "mocov2-tobias-baseline-10k-200ep": (200, 256, 0.3, 1e-4),
+    "mocov2-tobias-random-10k-800ep": (800, 256, 0.3, 1e-4),
+    "mocov2-tobias-50k-800ep": (800, 256, 0.3, 1e-4),
+    "mocov2-tobias-baseline-50k-800ep": (800, 256, 0.3, 1e-4),
+    "mocov2-tobias-random-50k-800ep": (800, 256, 0.3, 1e-4),
     "mocov2-cifar10": (200, 512, 0.06, 5e-4),
     "mocov2-cifar10-symmetric": (200, 512, 0.06, 5e-4),
     "pic-200ep": (200, 256, 0.03, 1e-4),
@@ -156,6 +165,21 @@ def test_dino_trains_as_its_readme_says():
         assert config.clip_param == 3 and config.method.teacher_start == 0.04
     assert resolved("dino-vits16-300ep").method.teacher_warmup * 300 == pytest.approx(30)
     assert resolved("dino-resnet50-100ep").weight_decay_end == 1e-4
+
+
+def test_tobias_and_its_controls_differ_in_what_is_merged_alone():
+    for size, epochs, queue in (("10k", (200, 200, 800), 65_536), ("50k", (800,) * 3, 32_768)):
+        kinds, length = ("", "-baseline", "-random"), iter(epochs)
+        three = [resolved(f"mocov2-tobias{kind}-{size}-{next(length)}ep") for kind in kinds]
+        merges = [one.views.merge for one in three]
+        assert [m.probability for m in merges] == [0.3, 0.0, 0.3]
+        assert [m.foreground for m in merges] == ["masks", "masks", "random"]
+        for one in three:
+            assert one.size == 112 and one.method.queue_size == queue and one.peak_lr == 0.3
+            assert dataclasses.replace(one.views, merge=Merge()) == PRESETS["mocov2"]
+    other = resolved("mocov2-tobias-10k-200ep", preset="simclr").views
+    assert dataclasses.replace(other, merge=Merge()) == PRESETS["simclr"]
+    assert other.merge.probability == 0.3  # no preset says what is merged
 
 
 def test_other_epochs_scale_the_warm_up():

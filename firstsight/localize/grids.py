@@ -37,21 +37,26 @@ def masks(checkpoint: str = "random:resnet50", **settings: Any) -> dict[str, Any
     where a map is not finite, as no order of cells comes from it.
     """
     ask = Masks(checkpoint=checkpoint, **settings)
-    began = time.perf_counter()
-    where = distributed.start(ask.device, ask.threads)
+    distributed.start(ask.device, ask.threads)
     if ask.download:
         fetch(ask.data)
-    source = open_source(ask.data)
+    return write_masks(ask, open_source(ask.data))
+
+
+def write_masks(ask: Masks, source: Source) -> dict[str, Any]:
+    """`masks` of a source that is open, on all ranks; the first one writes."""
+    began = time.perf_counter()
     if ask.compat and last_stride(ask.checkpoint, ask.last_stride) != ask.last_stride:
         ask = dataclasses.replace(ask, last_stride=2)  # the published masks are of a stock ResNet
-    eye = open_eye(ask, ask.seed, where)
+    eye = open_eye(ask, ask.seed, distributed.device())
     grids, unreadable = make_grids(source, eye, ask.grid, ask.compat)
     meta = _meta(ask, eye)
     layout = ask.layout or ("published" if ask.compat else "ours")
     if distributed.rank() == 0:
         listed = {name: grid.tolist() for name, grid in grids.items()}
-        held = published_masks(grids) if layout == "published" else {"meta": meta, "masks": listed}
-        _write(Path(ask.out), held)
+        without = [name for name in map(source.identity, range(len(source))) if name not in grids]
+        ours = {"meta": {**meta, "unreadable": without}, "masks": listed}
+        _write(Path(ask.out), published_masks(grids) if layout == "published" else ours)
     shares = np.mean([foreground(grid) for grid in grids.values()], axis=0)
     return {
         "protocol": {"data": ask.data, **meta},

@@ -55,8 +55,8 @@ def beneath(method: str, values: dict[str, Any]) -> dict[str, Any]:
     """`values` (nested, as from YAML) over those of the recipe that they name, if they name one.
 
     Other `epochs` than the recipe's scale its warm-up with them; its drops are shares of the run.
-    Another `preset` of views takes the place of the recipe's views. Raises `UserError` for a recipe
-    of another method.
+    Another `preset` of views takes the place of the recipe's views, but for what is merged. Raises
+    `UserError` for a recipe of another method.
     """
     values = {str(key).replace("-", "_"): value for key, value in values.items()}
     if not values.get("recipe"):
@@ -72,7 +72,8 @@ def beneath(method: str, values: dict[str, Any]) -> dict[str, Any]:
     if "epochs" in values:
         start["warmup_epochs"] *= _share(values["epochs"], start["epochs"])
     if "preset" in values:
-        start.pop("views", None)
+        views = start.pop("views", {})
+        start |= {"views": {"merge": views["merge"]}} if "merge" in views else {}
     return _over(values, start)
 
 

@@ -7,10 +7,14 @@ from abc import ABC, abstractmethod
 import numpy as np
 from numpy.typing import NDArray
 
+from firstsight import keyed
 from firstsight.errors import UserError
 
 Pixels = NDArray[np.uint8]
 """An upright image, (H, W, 3), RGB."""
+
+
+_ATTEMPTS = 50
 
 
 class UnreadableImage(Exception):
@@ -79,6 +83,21 @@ class Encoded(Source):
         from firstsight.sources.decode import decode
 
         return decode(self.encoded(index))
+
+
+def readable(source: Source, index: int, seed: int, bad: list[str]) -> tuple[int, Pixels]:
+    """Image `index`, or a replacement that is always the same one, behind its position.
+
+    Names of images that cannot be decoded are added to `bad`.
+    """
+    chosen = index
+    for attempt in range(_ATTEMPTS):
+        try:
+            return chosen, source.pixels(chosen)
+        except UnreadableImage:
+            bad.append(source.identity(chosen))
+            chosen = int(keyed.hashed(seed, index, attempt) % np.uint64(len(source)))
+    raise UserError(f"{source.spec}: {_ATTEMPTS} images in turn cannot be decoded, {bad[0]} first")
 
 
 def common_labels(

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from firstsight.errors import UserError
+from firstsight.sources.base import Source
 
 Grid = NDArray[np.float64]
 """(n, n), rows from the top; higher is more foreground."""
@@ -67,6 +68,41 @@ def read_masks(path: str | Path) -> tuple[dict[str, Grid], dict[str, Any]]:
             raise UserError(f"{path}: the mask of {name} holds values that are not finite")
         grids[name] = grid
     return grids, meta
+
+
+def foregrounds_of(path: str | Path, source: Source, share: float) -> NDArray[np.bool_]:
+    """(N, n, n) the foreground of each image of a source, from a file of ours or a published one.
+
+    Images that could not be read when our file was made need no mask. Raises `UserError` where
+    others have none, or where two images would share one of a published file.
+    """
+    grids, meta = read_masks(path)
+    names = [source.identity(index) for index in range(len(source))]
+    if not meta:  # as published
+        names = [flat_name(name) for name in names]
+        if twice := len(names) - len(set(names)):
+            raise UserError(
+                f"{path} names images by CLASS/FILE, and {twice} of {source.spec} share that with "
+                "others; make it by firstsight masks"
+            )
+    nothing = np.zeros_like(next(iter(grids.values())))
+    grids |= dict.fromkeys(meta.get("unreadable", []), nothing)
+    if missing := [name for name in names if name not in grids]:
+        raise UserError(
+            f"{path} has no mask for {len(missing)} of the {len(names)} images of {source.spec}, "
+            f"{missing[0]} first; make it by firstsight masks --data {source.spec}"
+        )
+    return np.stack([foreground(grids[name], share) for name in names])
+
+
+def constant_grid(side: int) -> Grid:
+    """(side, side) strongest at the lower right, nothing in the first row and column.
+
+    Of 4 x 4 cells the first half is the lower right 3 x 3 block but its upper left cell: the eight
+    that published masks of photographs choose most often, whatever these show.
+    """
+    rows, columns = np.mgrid[:side, :side].astype(np.float64)
+    return np.where(np.minimum(rows, columns) > 0, rows + columns, 0.0)
 
 
 def flat_name(identity: str) -> str:

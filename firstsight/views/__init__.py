@@ -9,11 +9,11 @@ OpenCV nor torch, so that `--help` stays instant.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, TypeVar
 
-from firstsight.errors import UserError, unknown
+from firstsight.errors import UserError, require_positive, require_share, unknown
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -23,6 +23,40 @@ CIFAR_STD = (0.2023, 0.1994, 0.2010)
 _T = TypeVar("_T")
 
 Interpolation = Literal["bilinear", "bicubic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Another image's background behind the foreground of a view (Tobias)."""
+
+    probability: float = 0.0
+    """Probability that a view gets another background; Tobias' scripts have 0.3; 0: never."""
+    foreground: Literal["masks", "random", "constant"] = "masks"
+    """Which cells stay: the strongest of the image's mask; or, to compare with, cells at random, or
+    the same lower right ones of every image."""
+    masks: str = ""
+    """JSON file of `firstsight masks`, or a published one. Empty: made as the run begins."""
+    network: str = "random:resnet50"
+    """CHECKPOINT that makes the masks where no file is given; random:NAME is drawn by --seed."""
+    views: Literal["query", "both"] = "query"
+    """Views that are merged: the first, as published, or the first two, each for itself."""
+    grid: int = 4
+    """Cells a side; those of a file of masks are as it has them."""
+    share: float = 0.5
+    """Share of cells that stay, rounded down to whole cells."""
+    side: int = 224
+    """Side of the squares in which images are merged, pixels; cut to a multiple of the grid."""
+    sha256: str = ""
+    """Which foregrounds: written by the run, which goes on with the same ones only."""
+
+    def __post_init__(self) -> None:
+        require_share("--views.merge.", self, "probability", "share")
+        require_positive("--views.merge.", self, "grid", "side")
+        if self.masks and self.foreground != "masks":
+            raise UserError(
+                f"--views.merge.foreground {self.foreground} reads no masks; leave out "
+                f"--views.merge.masks {self.masks}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +104,8 @@ class Views:
     """Subtracted from each channel, values in 0 to 1."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Divides each channel after the mean, values in 0 to 1."""
+    merge: Merge = field(default_factory=Merge)
+    """Backgrounds of other images, before the crop."""
 
     def __post_init__(self) -> None:
         if not self.counts:
@@ -116,6 +152,11 @@ class Views:
             raise unknown("interpolation", self.interpolation, ("bilinear", "bicubic"))
         if min(self.std) <= 0:
             raise UserError(f"--views.std {self.std} must be above 0 in each channel")
+        if self.merge.probability > 0 and self.counts[0] < 2:
+            raise UserError(
+                "--views.merge is for two views of one size, of which one is merged, not for "
+                f"--views.counts {' '.join(map(str, self.counts))}; leave it out"
+            )
 
     @property
     def total(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -26,12 +26,14 @@ def sheet(
     draws: int = 3,
     seed: int = 0,
     index: Sequence[int] | None = None,
+    behind: Callable[[int, int, int], Pixels] | None = None,
 ) -> NDArray[np.uint8]:
     """One picture (H, W, 3) uint8 on white: a row for each draw of each image.
 
     Left the original, its crops as rectangles; then its V views in the colours of their
     rectangles, a triangle in the corner of those that are mirrored. Draw number e is what a run
     with this seed shows in epoch e of the images at `index` in its source (0, 1, ... if not given).
+    Where backgrounds are merged, `behind(e, b, v)` is what view v of image b is cut out of.
     """
     sizes = [(image.shape[1], image.shape[0]) for image in pixels]
     where = np.arange(len(pixels)) if index is None else np.asarray(index)
@@ -39,10 +41,11 @@ def sheet(
     drawings = [draw(views, sizes, seed=seed, epoch=e, index=where) for e in range(draws)]
     rows = []
     for b, image in enumerate(pixels):
-        for drawn in drawings:
+        for e, drawn in enumerate(drawings):
             cells = [_original(image, drawn.crops[b], max(sides))]
             for v, side in enumerate(sides):
-                view = apply(image, drawn, b, v, side, views.interpolation, mean=views.mean)
+                whole = behind(e, b, v) if behind else image
+                view = apply(whole, drawn, b, v, side, views.interpolation, mean=views.mean)
                 cells.append(_framed(view, bool(drawn.flips[b, v]), _colour(v)))
             rows.append(_beside(cells))
     return _below(rows)
