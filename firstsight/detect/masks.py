@@ -38,6 +38,26 @@ def bitmap(mask: Segmentation, height: int, width: int) -> Bitmap:
     return drawn
 
 
+def checked(
+    mask: Any, height: int, width: int, scale: tuple[float, float] = (1, 1)
+) -> Segmentation:
+    """A mask as a file has it, lists of x, y, x, y, ... or run lengths, in the form kept here.
+
+    Polygons are multiplied by `scale` (in x, in y). Raises `BadMask` where the mask is damaged, or
+    of another size than (H, W).
+    """
+    if isinstance(mask, Mapping):
+        counts_of(mask, height, width)
+        return {"size": [height, width], "counts": mask["counts"]}
+    try:
+        outlines = tuple(np.array(one, np.float64).reshape(-1, 2) * scale for one in mask)
+    except (TypeError, ValueError):
+        raise BadMask("no lists of x, y, x, y, ...") from None
+    if not outlines or not all(len(one) > 2 and np.abs(one).max() < 1e6 for one in outlines):
+        raise BadMask("a polygon without three corners")
+    return outlines
+
+
 def encode(pixels: NDArray[Any]) -> dict[str, Any]:
     """The compressed run lengths of a bitmap (H, W): `{"size": [H, W], "counts": str}`."""
     height, width = pixels.shape
@@ -46,9 +66,16 @@ def encode(pixels: NDArray[Any]) -> dict[str, Any]:
 
 def decode(mask: Mapping[str, Any], height: int, width: int) -> Bitmap:
     """(H, W) the pixels of run lengths, compressed (text, bytes) or plain (numbers)."""
-    counts = counts_of(mask, height, width)
-    values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape(width, height).T
+    return _laid_out(counts_of(mask, height, width), height, width)
+
+
+def _laid_out(counts: NDArray[np.int64], height: int, width: int) -> Bitmap:
+    line = np.zeros(height * width, bool)
+    start, end = counts[0], height * width - counts[-1] * (len(counts) % 2)
+    ones = np.arange(len(counts)) % 2 == 1
+    inner = slice(1, len(counts) - len(counts) % 2)
+    line[start:end] = np.repeat(ones[inner], counts[inner])
+    return np.asarray(line.reshape(width, height).T)
 
 
 def counts_of(mask: Mapping[str, Any], height: int, width: int) -> NDArray[np.int64]:
@@ -78,7 +105,8 @@ def runs(pixels: NDArray[Any]) -> NDArray[np.int64]:
         return np.zeros(1, np.int64)
     ends = np.flatnonzero(line[1:] != line[:-1]) + 1
     starts = [0] if not line[0] else [0, 0]  # an empty run of zeros comes before ones
-    return np.diff(np.concatenate([starts, ends, [line.size]]).astype(np.int64))
+    bounds = np.concatenate([starts, ends, [line.size]]).astype(np.int64)
+    return bounds[1:] - bounds[:-1]
 
 
 # A length is written as its difference to the one before the last (from the fourth on), five bits a
@@ -131,16 +159,12 @@ def _filled(outline: NDArray[np.float64], height: int, width: int) -> Bitmap:
     x, y = _walk(fine, np.roll(fine, -1, axis=0))
     across = np.flatnonzero(x[1:] != x[:-1]) + 1
     before, after = x[across - 1], x[across]
-    column = (np.minimum(after, before + (after > before) * 0) * 1.0)
-    column = np.where(after < before, after, after - 1)
-    column = (column + 0.5) / _FINER - 0.5
+    column = (np.where(after < before, after, after - 1) + 0.5) / _FINER - 0.5
     row = (np.minimum(y[across], y[across - 1]) + 0.5) / _FINER - 0.5
     kept = (column == np.floor(column)) & (column >= 0) & (column <= width - 1)
     row = np.ceil(row[kept].clip(0, height)).astype(np.int64)
-    places = column[kept].astype(np.int64) * height + row
-    turns = np.bincount(places, minlength=height * width)[: height * width]
-    inside = np.cumsum(turns) % 2 == 1
-    return inside.reshape(width, height).T
+    turns = np.sort(column[kept].astype(np.int64) * height + row)
+    return _laid_out(np.diff(np.concatenate([[0], turns, [height * width]])), height, width)
 
 
 def _walk(
