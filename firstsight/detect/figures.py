@@ -95,20 +95,18 @@ def tabled(truth: AnnotatedImages, found: Found, kind: str, official: bool = Fal
 
 def _evaluator(official: bool) -> tuple[Any, Any, Any]:
     """The classes that hold annotations and count them, and the module for masks."""
-    name = "pycocotools" if official else "faster_coco_eval"
     try:
         if official:
-            return (
-                importlib.import_module("pycocotools.coco").COCO,
-                importlib.import_module("pycocotools.cocoeval").COCOeval,
-                importlib.import_module("pycocotools.mask"),
-            )
-        package = importlib.import_module(name)
-        return package.COCO, package.COCOeval_faster, importlib.import_module(f"{name}.mask")
+            counting = importlib.import_module("pycocotools.cocoeval").COCOeval
+            masks = importlib.import_module("pycocotools.mask")
+            return importlib.import_module("pycocotools.coco").COCO, counting, masks
+        package = importlib.import_module("faster_coco_eval")
+        masks = importlib.import_module("faster_coco_eval.core.mask")
+        return package.COCO, package.COCOeval_faster, masks
     except ImportError:
+        name = "pycocotools" if official else "faster-coco-eval"
         raise UserError(
-            f"COCO's figures need the package {name.replace('_', '-')}; "
-            "pip install 'firstsight[detect]'"
+            f"COCO's figures need the package {name}; pip install 'firstsight[detect]'"
         ) from None
 
 
