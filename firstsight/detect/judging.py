@@ -20,6 +20,7 @@ from firstsight.detect.inputs import Asked
 from firstsight.detect.masks import encode
 from firstsight.detect.models import Detector
 from firstsight.detect.settings import Eval, Train, Training
+from firstsight.detect.voc_figures import voc_figures
 from firstsight.errors import UserError
 from firstsight.loader import each
 from firstsight.log import Meter, say
@@ -106,7 +107,10 @@ def judged(detector: Detector, images: AnnotatedImages, config: Training) -> dic
     if found.unreadable:
         say(f"{found.unreadable} images cannot be decoded: nothing is found in them")
     # on one rank, since it is the same on all, and takes memory
-    result = figures(images, found.detections, official=config.official) if _first() else {}
+    result: dict[str, Any] = {}
+    if distributed.rank() == 0:
+        result = figures(images, found.detections, official=config.official)
+        result["voc"] = voc_figures(images, found.detections)
     return {
         **distributed.share(result),
         "images": len(images),
@@ -114,10 +118,6 @@ def judged(detector: Detector, images: AnnotatedImages, config: Training) -> dic
         "images_per_second": round(found.images_per_second, 2),
         "peak_memory_gib": round(trial.peak_memory(distributed.device()) / 2**30, 2),
     }
-
-
-def _first() -> bool:
-    return distributed.rank() == 0
 
 
 def evaluate(config: Eval) -> dict[str, Any]:

@@ -280,6 +280,9 @@ def trained(
                 new_bad.clear()
             if done == steps and config.precise_norm:
                 precise_norms(detector, shows, config, steps)
+            if main and saving:
+                refuse_nonfinite_networks(detector, step, out)
+                run.save()
             figures: dict[str, float] = {}
             if reading and tests is not None:
                 distributed.same_buffers(detector)
@@ -303,9 +306,6 @@ def trained(
                 if log:
                     log.write(done, figures)
                     meter.show(done, told(figures))
-            if main and saving:
-                refuse_nonfinite_networks(detector, step, out)
-                run.save()
             if stopping:
                 say("stopping; the same command goes on from there")
                 break
