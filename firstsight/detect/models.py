@@ -97,7 +97,8 @@ def build(backbone: Backbone, classes: int, config: Training, mean: Any, std: An
     for module in network.modules():
         if isinstance(module, _ENDS):
             module.register_forward_hook(lambda module, given, out: _in_full(out))
-    return Detector(network, resting)
+    # on a CPU in bfloat16 a fifth faster than the other order, in float32 as fast
+    return Detector(network, resting).to(memory_format=torch.channels_last)
 
 
 def _in_full(out: Any) -> Any:
@@ -272,7 +273,10 @@ def _with_fpn(backbone: Backbone, classes: int, config: Training) -> nn.Module:
     heads = made if "heads" in config.norm_also else None
     levels = Levels(Body(backbone), 0, config.channels, LastLevelMaxPool(), neck)
     aligned, width = config.roi_align == "aligned", config.channels
-    parts: dict[str, Any] = {"box_roi_pool": Pool(STRIDES, 7, aligned), "num_classes": classes + 1}
+    parts: dict[str, Any] = {
+        "box_roi_pool": Pool(STRIDES, 7, aligned),
+        "box_predictor": FastRCNNPredictor(1024, classes + 1),
+    }
     if config.box_head == "4conv1fc":
         parts["box_head"] = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [1024], heads)
     sizes = tuple((side,) for side in (32, 64, 128, 256, 512))
@@ -280,9 +284,8 @@ def _with_fpn(backbone: Backbone, classes: int, config: Training) -> nn.Module:
     if config.detector == "mask-rcnn":
         parts["mask_roi_pool"] = Pool(STRIDES, 14, aligned)
         parts["mask_head"] = MaskRCNNHeads(width, [width] * 4, 1, heads)
-        mask = MaskRCNNPredictor(width, width, classes + 1)
-        return _matched(MaskRCNN, levels, config, parts, mask)
-    return _matched(FasterRCNN, levels, config, parts, None)
+        parts["mask_predictor"] = MaskRCNNPredictor(width, width, classes + 1)
+    return _matched(levels, config, parts)
 
 
 def _with_c4(backbone: Backbone, classes: int, config: Training) -> nn.Module:
@@ -306,9 +309,9 @@ def _with_c4(backbone: Backbone, classes: int, config: Training) -> nn.Module:
     }
     if config.detector == "mask-rcnn":
         parts |= {"mask_roi_pool": pool, "mask_head": last}
-        mask = MaskRCNNPredictor(backbone.map_width, config.channels, classes + 1)
-        return _matched(MaskRCNN, stem, config, parts, mask)
-    return _matched(FasterRCNN, stem, config, parts, None)
+        width = backbone.map_width
+        parts["mask_predictor"] = MaskRCNNPredictor(width, config.channels, classes + 1)
+    return _matched(stem, config, parts)
 
 
 class StrideSixteen(nn.Module):
@@ -328,15 +331,10 @@ class StrideSixteen(nn.Module):
         return {"0": x}
 
 
-def _matched(
-    kind: Any, backbone: nn.Module, config: Training, parts: dict[str, Any], mask: Any
-) -> nn.Module:
+def _matched(backbone: nn.Module, config: Training, parts: dict[str, Any]) -> nn.Module:
     """torchvision's R-CNN with the numbers of `config`, and L1 where it asks for that."""
-    if mask is not None:  # torchvision wants the number of classes or all predictors
-        classes = parts.pop("num_classes", None)
-        parts["mask_predictor"] = mask
-        parts.setdefault("box_predictor", FastRCNNPredictor(1024, classes))
-    network = kind(
+    kind = MaskRCNN if config.detector == "mask-rcnn" else FasterRCNN
+    network: nn.Module = kind(
         backbone,
         rpn_post_nms_top_n_train=config.proposals[0],
         rpn_post_nms_top_n_test=config.proposals[1],
@@ -347,7 +345,6 @@ def _matched(
     )
     if config.box_loss == "l1":
         network.rpn.__class__, network.roi_heads.__class__ = L1Proposals, L1Heads
-    assert isinstance(network, nn.Module)
     return network
 
 
