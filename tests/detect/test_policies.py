@@ -79,7 +79,7 @@ def test_split_and_group_stand_where_batch_norm_was():
     kinds = {type(m) for m in detector.modules() if isinstance(m, _BatchNorm)}
     assert kinds == {SplitBatchNorm}
     assert trained(detector, backbone)[1] == set(PARTS)
-    plain, of_plain = built()
+    _, of_plain = built()
     detector, backbone = built(norm="group", norm_also=("neck", "heads"), box_head="4conv1fc")
     assert not any(isinstance(m, _BatchNorm) for m in detector.modules())
     norm = backbone.network.bn1  # the scales stay, the statistics are of 32 groups, or all channels
