@@ -341,17 +341,19 @@ def _refuse(
         (faults.total(known.IMAGES), known.IMAGES, len(pictures), "images"),
         (faults.total(known.OBJECTS), known.OBJECTS, left, "objects"),
     ):
-        if lost > max_bad * (lost + there) or not there:
-            reasons = "; ".join(
-                f"{faults.counts[kind]} {kind}, first {faults.examples[kind][0]}"
-                for kind in kinds
-                if kind in faults.counts
-            )
-            raise UserError(
-                f"{annotations} does not fit the images in {images}: {lost} of {lost + there} "
-                f"{name} cannot be used ({reasons or 'none is marked'}); mend --annotations, or "
-                "allow more by --max-bad"
-            )
+        if lost <= max_bad * (lost + there) and there:
+            continue
+        if not lost:
+            raise UserError(f"{annotations} marks no {name}; give --annotations that mark some")
+        reasons = "; ".join(
+            f"{faults.counts[kind]} {kind}, first {faults.examples[kind][0]}"
+            for kind in kinds
+            if kind in faults.counts
+        )
+        raise UserError(
+            f"{annotations} does not fit the images in {images}: {lost} of {lost + there} {name} "
+            f"cannot be used ({reasons}); mend --annotations, or allow more by --max-bad"
+        )
     used = {int(label) for picture in pictures for label in picture.objects.labels}
     for i, name in enumerate(read.categories):
         if i not in used:
