@@ -26,18 +26,21 @@ SHAPES, LIKE = 100, 4  # outlines, and those like each: drawing all detections w
 
 
 def boxes(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Boxes of all sizes, (count, 4)."""
     side = np.exp(rng.uniform(np.log(10), np.log(400), (count, 2)))
     corner = rng.uniform(0, 1, (count, 2)) * (np.array([WIDTH, HEIGHT]) - side.clip(max=470))
     return np.concatenate([corner, corner + side], axis=1).clip(0, [WIDTH, HEIGHT] * 2)
 
 
 def outline(box: np.ndarray) -> np.ndarray:
+    """The ellipse in a box, as a polygon of twelve corners."""
     turn = np.linspace(0, 2 * np.pi, 12, endpoint=False)
     centre, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2
     return centre + half * np.stack([np.cos(turn), np.sin(turn)], axis=1)
 
 
 def made(images: int, masks: bool) -> tuple[AnnotatedImages, list[Detections]]:
+    """Images with objects, and detections of which half are near one."""
     rng = np.random.default_rng(0)
     pictures, found = [], []
     shapes = np.repeat(boxes(rng, SHAPES), LIKE, axis=0)
@@ -97,6 +100,7 @@ def made(images: int, masks: bool) -> tuple[AnnotatedImages, list[Detections]]:
 
 
 def main() -> None:
+    """Time both, and print what came out."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--repeats", type=int, default=1)
