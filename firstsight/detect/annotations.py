@@ -142,7 +142,12 @@ class Detections:
 
 
 def open_annotated(
-    images: str, annotations: str, *, masks: bool = True, max_bad: float = 0.01
+    images: str,
+    annotations: str,
+    *,
+    masks: bool = True,
+    max_bad: float = 0.01,
+    categories: Sequence[str] = (),
 ) -> AnnotatedImages:
     """The images below the folder `images` with what `annotations` marks in them.
 
@@ -150,10 +155,12 @@ def open_annotated(
     its `ImageSets/Main`; a folder of YOLO's text (with `classes.txt` or `data.yaml`) or its
     `data.yaml`; a `boxes.csv`. `masks=False` passes over masks. `max_bad` is the share of images,
     and of objects, that may be left out as faulty: more are a `UserError`, which names them.
+    `categories` are the names that count where the file does not list its own (VOC, CSV): those of
+    the set that a detector learnt from.
     """
     names = Folder(images)
     identities = [names.identity(i) for i in range(len(names))]
-    read = _read(annotations, images, identities, masks)
+    read = _read(annotations, images, identities, masks, categories)
     found = _Lookup(identities)
     with_masks = any(one.mask is not None for image in read.images for one in image.objects)
     pictures = []
@@ -187,18 +194,24 @@ def open_annotated(
     )
 
 
-def _read(annotations: str, images: str, identities: Sequence[str], masks: bool) -> WrittenSet:
+def _read(
+    annotations: str,
+    images: str,
+    identities: Sequence[str],
+    masks: bool,
+    categories: Sequence[str],
+) -> WrittenSet:
     """What the file or folder says, by the reader of its kind."""
     path = Path(annotations)
     if not path.exists():
         raise UserError(f"there is no {annotations}; --annotations takes {_KINDS}")
     if path.is_dir():
         if any(path.rglob("*.xml")):
-            return read_voc(path)
+            return read_voc(path, categories)
     elif "ImageSets" in path.parts:
-        return read_voc(path)
+        return read_voc(path, categories)
     elif path.suffix.lower() == ".csv":
-        return _csv(path)
+        return _csv(path, categories)
     elif _begins(path, "{", "["):
         return read_coco(path, masks)
     if is_yolo(path):
@@ -211,29 +224,28 @@ def _begins(path: Path, *marks: str) -> bool:
         return file.read(64).decode("utf-8", "replace").lstrip("\ufeff \t\r\n").startswith(marks)
 
 
-def _csv(path: Path) -> WrittenSet:
+def _csv(path: Path, categories: Sequence[str]) -> WrittenSet:
     from firstsight.localize.boxes import read_boxes
 
     manifest, faults = read_boxes(str(path)), Faults()
     if manifest.degenerate:
         faults.note(known.NO_AREA, path.name, manifest.degenerate)
     named = {name or "object" for one in manifest.images.values() for name in one.names}
-    categories = tuple(sorted(named)) or ("object",)
+    names = tuple(categories) or tuple(sorted(named)) or ("object",)
+    number = {name: i for i, name in enumerate(names)}
     images = []
     for key, marked in manifest.images.items():
+        image = WrittenImage(name=key, image_id=key)
         pairs = zip(marked.boxes, marked.names, strict=True)
-        objects = [
-            Written(
-                box=box, label=categories.index(name or "object"), what=f"box {at + 1} of {key}"
-            )
-            for at, (box, name) in enumerate(pairs)
-        ]
-        images.append(WrittenImage(name=key, image_id=key, objects=objects))
+        for at, (box, name) in enumerate(pairs):
+            label, what = number.get(name or "object"), f"box {at + 1} of {key}"
+            if label is None:
+                faults.note(known.NO_CATEGORY, f"{what} ({name})")
+            else:
+                image.objects.append(Written(box=box, label=label, what=what))
+        images.append(image)
     return WrittenSet(
-        categories=categories,
-        category_ids=tuple(range(len(categories))),
-        images=images,
-        faults=faults,
+        categories=names, category_ids=tuple(number.values()), images=images, faults=faults
     )
 
 
@@ -341,17 +353,19 @@ def _refuse(
         (faults.total(known.IMAGES), known.IMAGES, len(pictures), "images"),
         (faults.total(known.OBJECTS), known.OBJECTS, left, "objects"),
     ):
-        if lost > max_bad * (lost + there) or not there:
-            reasons = "; ".join(
-                f"{faults.counts[kind]} {kind}, first {faults.examples[kind][0]}"
-                for kind in kinds
-                if kind in faults.counts
-            )
-            raise UserError(
-                f"{annotations} does not fit the images in {images}: {lost} of {lost + there} "
-                f"{name} cannot be used ({reasons or 'none is marked'}); mend --annotations, or "
-                "allow more by --max-bad"
-            )
+        if lost <= max_bad * (lost + there) and there:
+            continue
+        if not lost:
+            raise UserError(f"{annotations} marks no {name}; give --annotations that mark some")
+        reasons = "; ".join(
+            f"{faults.counts[kind]} {kind}, first {faults.examples[kind][0]}"
+            for kind in kinds
+            if kind in faults.counts
+        )
+        raise UserError(
+            f"{annotations} does not fit the images in {images}: {lost} of {lost + there} {name} "
+            f"cannot be used ({reasons}); mend --annotations, or allow more by --max-bad"
+        )
     used = {int(label) for picture in pictures for label in picture.objects.labels}
     for i, name in enumerate(read.categories):
         if i not in used:

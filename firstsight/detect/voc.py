@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 from firstsight.detect.written import (
+    NO_CATEGORY,
     NO_NUMBERS,
     Faults,
     Written,
@@ -46,23 +48,30 @@ def voc_files(path: Path) -> list[Path]:
     return [folder / f"{name}.xml" for name in names]
 
 
-def read_voc(path: Path) -> WrittenSet:
+def read_voc(path: Path, categories: Sequence[str] = ()) -> WrittenSet:
     """All that the files say; raises `UserError` where one is damaged.
 
-    Categories are VOC's twenty where all names are among them, else the names found, sorted.
-    VOC writes no masks into its XML.
+    Categories are VOC's twenty where all names are among them, else the names found, sorted,
+    unless they are given. VOC writes no masks into its XML.
     """
     faults = Faults()
     read = [_image(file, faults) for file in voc_files(path)]
     found = {name for _, names in read for name in names}
-    names = VOC_CLASSES if found and found <= set(VOC_CLASSES) else tuple(sorted(found))
-    categories, ids = numbered(dict(enumerate(names)), path)
-    number = {name: i for i, name in enumerate(categories)}
+    names = tuple(categories) or tuple(sorted(found))
+    if not categories and found and found <= set(VOC_CLASSES):
+        names = VOC_CLASSES
+    names, ids = numbered(dict(enumerate(names)), path)
+    number = {name: i for i, name in enumerate(names)}
     for image, own in read:
-        for one, name in zip(image.objects, own, strict=True):
+        written, image.objects = image.objects, []
+        for one, name in zip(written, own, strict=True):
+            if name not in number:
+                faults.note(NO_CATEGORY, f"{one.what} ({name})")
+                continue
             one.label = number[name]
+            image.objects.append(one)
     return WrittenSet(
-        categories=categories, category_ids=ids, images=[image for image, _ in read], faults=faults
+        categories=names, category_ids=ids, images=[image for image, _ in read], faults=faults
     )
 
 
