@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -40,13 +41,17 @@ def train(args: list[str]) -> None:
     result = train(config)
     if not is_first():
         return
+
+    from firstsight.report import write_report
+
+    write_json(target, result)
+    write_report([Path(config.out)], Path(config.out) / "report.html")
     if result["test"]:
         _figures(f"{config.out}, judged by {config.test_data}", result["test"])
     seconds, rate = result["seconds"], result["images_per_second"]
     print(f"{result['steps']} steps in {seconds} s, {rate} images/s, "
           f"at most {result['peak_memory_gib']} GiB")  # fmt: skip
     protocol(result)
-    write_json(target, result)
 
 
 def evaluate(args: list[str]) -> None:
@@ -102,16 +107,17 @@ def _begun(kind: type[T], args: list[str], prog: str, missing: dict[str, Any]) -
 
 
 def _figures(title: str, result: dict[str, Any]) -> None:
-    kinds = [kind for kind in ("bbox", "segm", "voc") if isinstance(result.get(kind), dict)]
-    names = [n for n, v in result[kinds[0]].items() if isinstance(v, int | float)] if kinds else []
-    rows = [[name, *(_number(result[kind].get(name)) for kind in kinds)] for name in names]
+    kinds = [kind for kind in ("bbox", "segm") if kind in result]
+    rows = [[name, *(_number(result[kind][name]) for kind in kinds)] for name in result[kinds[0]]]
+    for name, value in result.get("voc", {}).get("AP07", {}).items():
+        rows.append([f"{name}, VOC 2007's 11 points", _number(value)])
     rate, memory = result["images_per_second"], result["peak_memory_gib"]
     table(f"{title}, percent", ["", *kinds], rows)
     print(f"{rate} images/s, at most {memory} GiB")
 
 
 def _number(value: Any) -> str:
-    return f"{value:.1f}" if isinstance(value, int | float) else ""
+    return "" if value is None else f"{value:.1f}"
 
 
 def _spread(figures: dict[str, Any]) -> list[str]:

@@ -13,8 +13,9 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from firstsight import backbones, checkpoint, distributed, trial
-from firstsight.detect import models
+from firstsight.detect import models, pictures
 from firstsight.detect.annotations import AnnotatedImages, Detections, Picture, open_annotated
+from firstsight.detect.curves import kept_apart
 from firstsight.detect.figures import figures
 from firstsight.detect.inputs import Asked
 from firstsight.detect.masks import encode
@@ -49,8 +50,8 @@ def find(detector: Detector, images: AnnotatedImages, config: Training) -> Found
     detector.eval()
     began, found, done = time.perf_counter(), dict[int, Detections](), 0
     with torch.inference_mode(), Meter("judging", 0, len(mine)) as meter:
-        for pictures, positions in each(asked, mine, config.workers):
-            floats = [one.to(device).float() / 255 for one in pictures]
+        for shown, positions in each(asked, mine, config.workers):
+            floats = [one.to(device).float() / 255 for one in shown]
             with cast_to(config.precision, device):
                 results = detector(floats) if floats else []
             for position, image, result in zip(positions, floats, results, strict=True):
@@ -97,11 +98,14 @@ def _nothing(masks: bool) -> Detections:
     )
 
 
-def judged(detector: Detector, images: AnnotatedImages, config: Training) -> dict[str, Any]:
+def judged(
+    detector: Detector, images: AnnotatedImages, config: Training, out: Path | None = None
+) -> dict[str, Any]:
     """COCO's and VOC's figures, percent, with the speed and memory of finding.
 
-    `images_per_second` counts decoding and the network; `peak_memory_gib` is that of the device
-    since the start of the process, or of the process itself where that is the CPU.
+    A run's folder `out` gets curves and pictures for its report. `images_per_second` counts
+    decoding and the network; `peak_memory_gib` is that of the device since the start of the
+    process, or of the process itself where that is the CPU.
     """
     found = find(detector, images, config)
     if found.unreadable:
@@ -111,6 +115,10 @@ def judged(detector: Detector, images: AnnotatedImages, config: Training) -> dic
     if distributed.rank() == 0:
         result = figures(images, found.detections, official=config.official)
         result["voc"] = voc_figures(images, found.detections)
+        if out:
+            result = kept_apart(out, result)
+            pictures.save(out / "pictures", images, found.detections, seed=config.seed)
+        result.pop("curves", None)
     return {
         **distributed.share(result),
         "images": len(images),

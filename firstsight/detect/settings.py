@@ -47,8 +47,6 @@ class Training(Data):
     """Folder of the images to judge by; empty: nothing is judged."""
     test_annotations: str = ""
     """What is in them."""
-    out: str
-    """Folder of the run."""
     recipe: str = ""
     """Published settings to start from; firstsight recipes lists them."""
 
@@ -189,6 +187,8 @@ class Train(Training):
 
     checkpoint: tyro.conf.Positional[str]
     """CHECKPOINT: a run folder, a file of ours or others', random:NAME, torchvision:NAME, ..."""
+    out: str
+    """Folder of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +197,8 @@ class Compare(Training):
 
     checkpoints: tyro.conf.Positional[tuple[str, ...]]
     """CHECKPOINTs to compare."""
+    out: str
+    """Folder of the runs, and of compare.json."""
     seeds: int = 3
     """Trainings of each, from --seed on; figures are means, with their spread."""
 

@@ -110,11 +110,13 @@ def train(config: Train) -> dict[str, Any]:
             say(f"stopped at step {run.step} of {steps}")
             raise SystemExit(130)
         if tests and result is None:  # stopped between the last step and here
-            result = judged(run.detector, tests, config)
+            result = judged(run.detector, tests, config, out)
         figures = {
             "protocol": {**protocol(config), "recipe": config.recipe},
             "steps": steps,
-            "images": {"train": len(chosen), "left_out": len(images) - len(chosen)},
+            "images": steps * config.batch_size,
+            "training_images": len(chosen),
+            "left_out": len(images) - len(chosen),
             "seconds": round(run.seconds, 1),
             "images_per_second": round(steps * config.batch_size / run.seconds, 2),
             "peak_memory_gib": round(trial.peak_memory(distributed.device()) / 2**30, 2),
@@ -286,7 +288,7 @@ def trained(
             figures: dict[str, float] = {}
             if reading and tests is not None:
                 distributed.same_buffers(detector)
-                result = judged(detector, tests, config)
+                result = judged(detector, tests, config, out)
                 figures |= {
                     f"{kind}_{name}": result[kind][name]
                     for kind in ("bbox", "segm")

@@ -45,7 +45,16 @@ HEAVY |= {"precision": "bf16", "optimizer": "adamw", "base_lr": 1e-3}
 
 @pytest.mark.parametrize("more", [{}, pytest.param(HEAVY, marks=pytest.mark.slow)], ids=str)
 def test_an_interrupted_run_goes_on_bit_for_bit(more, sets, tmp_path, monkeypatch, capsys):
-    values = {"steps": 4, "precise_norm": 1, "short_sides": (32, 40), "rois": 8, "batch_size": 2, "test_side": 32, **JUDGED, **more}
+    values = {
+        "steps": 4,
+        "precise_norm": 1,
+        "short_sides": (32, 40),
+        "rois": 8,
+        "batch_size": 2,
+        "test_side": 32,
+        **JUDGED,
+        **more,
+    }
     whole = training.train(config(tmp_path / "whole", **values))
     assert whole["steps"] == 4 and whole["test"]["bbox"]["AP"] == 1.0
     parts = config(tmp_path / "parts", **values)
