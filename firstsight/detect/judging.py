@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
@@ -173,12 +174,18 @@ def _listed(names: tuple[str, ...]) -> str:
 def protocol(config: Training) -> dict[str, Any]:
     """What the figures depend on."""
     values = plain(config)
-    return {name: values[name] for name in _STATED if name in values}
+    stated = {name: values[name] for name in _STATED if name in values}
+    return {
+        **stated,
+        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
+    }
 
 
 _STATED = (
-    *("checkpoint", "test_data", "test_annotations", "detector", "neck", "box_head", "norm"),
-    *("test_side", "long_side", "precision", "official", "seed"),
+    *("checkpoint", "recipe", "data", "annotations", "test_data", "test_annotations"),
+    *("detector", "neck", "channels", "box_head", "norm", "norm_also", "norm_eval"),
+    *("frozen_stages", "trainable_layers", "roi_align", "box_loss", "short_sides", "epochs"),
+    *("steps", "batch_size", "test_side", "long_side", "precision", "official", "seed"),
 )
 
 

@@ -112,7 +112,7 @@ def train(config: Train) -> dict[str, Any]:
         if tests and result is None:  # stopped between the last step and here
             result = judged(run.detector, tests, config, out)
         figures = {
-            "protocol": {**protocol(config), "recipe": config.recipe},
+            "protocol": protocol(config),
             "steps": steps,
             "images": steps * config.batch_size,
             "training_images": len(chosen),
