@@ -105,7 +105,14 @@ def train(config: Train) -> dict[str, Any]:
         if summary.exists() and read_log(out / "log.jsonl")[-1:]:
             say(f"{out} is finished; use another --out for another training")
             return dict(json.loads(summary.read_text()))
-        run, result = trained(config, images, tests, out, order, steps)
+        try:
+            run, result = trained(config, images, tests, out, order, steps)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{config.batch_size // distributed.world()} images at a time do not fit into the "
+                f"memory of {distributed.device()}; use a smaller --batch-size (the learning rate "
+                "follows), smaller --short-sides, or --precision bf16"
+            ) from None
         if run.step < steps:
             say(f"stopped at step {run.step} of {steps}")
             raise SystemExit(130)
