@@ -13,7 +13,7 @@ from firstsight.detect.annotations import open_annotated
 from firstsight.errors import UserError
 from firstsight.sources.base import UnreadableImage
 
-DATA = Path(os.environ.get("FIRSTSIGHT_DATA", Path(__file__).parents[3] / "shared/data"))
+DATA = Path(__file__).resolve().parents[3] / "shared/data"
 
 
 @pytest.fixture
@@ -367,7 +367,7 @@ def test_csv_of_boxes(photos, tmp_path):
 def needed(name):
     folder = DATA / name
     if not folder.is_dir():
-        pytest.skip(f"needs the photographs in {folder}")
+        pytest.skip(f"no photographs in ../shared/data/{name} beside the repository")
     return folder
 
 
