@@ -15,6 +15,7 @@ import tyro
 from firstsight import methods, recipes, settings
 from firstsight.cli_convert import convert
 from firstsight.cli_data import data
+from firstsight.cli_detect import detect
 from firstsight.cli_judge import diagnose, embed, evaluate
 from firstsight.cli_localize import localize, masks
 from firstsight.errors import UserError, unknown
@@ -55,12 +56,12 @@ def pretrain(args: list[str]) -> None:
 
 
 def show_recipes(args: list[str]) -> None:
-    """Published settings for pretrain --recipe: firstsight recipes, or firstsight recipes NAME."""
+    """Published settings for --recipe: firstsight recipes, or firstsight recipes NAME."""
     if args[:1] in (["-h"], ["--help"]):
         print("usage: firstsight recipes [NAME] [--json FILE]")
         return
     target, args = taken(args, "--json")
-    shown = [recipes.read(name) for name in args or recipes.names()]
+    shown = [recipes.read(name) for name in args or [*recipes.names(), *recipes.names("detect")]]
     for recipe in shown:
         about = f"{recipe.name:<25} {recipe.summary}\n{recipe.method:>24}  {recipe.story['paper']}"
         print(recipe.text if args else about)
@@ -113,6 +114,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": evaluate,
     "localize": localize,
     "masks": masks,
+    "detect": detect,
     "diagnose": diagnose,
     "embed": embed,
     "data": data,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -116,19 +116,20 @@ def _compared(config: Pretrain, earlier: Path) -> tuple[Pretrain, _Differing]:
             merge=dataclasses.replace(config.views.merge, sha256=old.views.merge.sha256),
         ),
     )
-    differing = _differences(plain(old), plain(config))
+    differing = differences(plain(old), plain(config), UNBOUND)
     if "part" not in (old.cache, config.cache):  # the other two differ in speed alone
         differing.pop("cache", None)
     return config, differing
 
 
-def _differences(
-    old: dict[str, Any], new: dict[str, Any], prefix: str = ""
+def differences(
+    old: dict[str, Any], new: dict[str, Any], unbound: Sequence[str], prefix: str = ""
 ) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ, those of parts with dots; at the top, `unbound` ones may."""
     found: dict[str, tuple[Any, Any]] = {}
     for key, value in new.items():
         if isinstance(value, dict):
-            found |= _differences(old[key], value, f"{prefix}{key}.")
-        elif old[key] != value and (prefix or key not in UNBOUND):
+            found |= differences(old[key], value, unbound, f"{prefix}{key}.")
+        elif old[key] != value and (prefix or key not in unbound):
             found[prefix + key] = (old[key], value)
     return found

@@ -186,6 +186,12 @@ def labelled(
     return _raised(_loader(images, range(first, last), min(workers, 1)))
 
 
+def each(dataset: Dataset[Any], numbers: range, workers: int) -> Iterator[Any]:
+    """What a dataset makes of each of these numbers, in order."""
+    if len(numbers):
+        yield from _raised(_loader(dataset, numbers, workers))
+
+
 def _raised(made: Iterable[_Made | UserError]) -> Iterator[_Made]:
     for one in made:
         if isinstance(one, UserError):
@@ -291,5 +297,4 @@ def chunks(dataset: Chunks, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     """All chunks of this rank in order: every W-th, so that each image is visited once."""
     count = -(-len(dataset.index) // dataset.batch_size)
     mine = range(distributed.rank(), count, distributed.world())
-    if len(mine):
-        yield from _raised(_loader(dataset, mine, workers))
+    yield from each(dataset, mine, workers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -127,6 +128,17 @@ def global_batch_norm(module: nn.Module) -> None:
     _replace(module, convert, "--batch-norm global")
 
 
+def group_norm(module: nn.Module, groups: int) -> None:
+    """Put group-norm, with the scales and shifts learnt so far, in place of every batch-norm."""
+
+    def convert(norm: Norm) -> nn.Module:
+        made = nn.GroupNorm(math.gcd(groups, norm.num_features), norm.num_features, norm.eps)
+        made.weight, made.bias = norm.weight, norm.bias
+        return made
+
+    _replace(module, convert, "group-norm")
+
+
 def _replace(module: nn.Module, convert: Callable[[Norm], nn.Module], flag: str) -> None:
     for name, child in module.named_children():
         if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
@@ -134,7 +146,8 @@ def _replace(module: nn.Module, convert: Callable[[Norm], nn.Module], flag: str)
         elif isinstance(child, _BatchNorm):  # timm's also hold an activation, or it was replaced
             raise UserError(
                 f"{flag} cannot replace the {type(child).__name__} of this network; use a ResNet, "
-                f"or leave batch-norm as it is (--batch-norm local, no --method.splits)"
+                f"or leave batch-norm as it is (--batch-norm local, no --method.splits; of detect: "
+                f"--norm batch)"
             )
         else:
             _replace(child, convert, flag)

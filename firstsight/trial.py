@@ -71,7 +71,7 @@ def run(name: str, config: Pretrain, images: int, source_images: int) -> Trial:
             break
     return Trial(
         seconds=best,
-        memory=_peak(device),
+        memory=peak_memory(device),
         parameters=sum(p.numel() for p in method.backbone.parameters()),
     )
 
@@ -94,7 +94,8 @@ def of_share(name: str, config: Pretrain, images: int, source_images: int) -> Tr
     )
 
 
-def _peak(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the highest, of the device or of this process on the CPU; 0 where nobody says."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     try:

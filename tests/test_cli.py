@@ -27,6 +27,7 @@ LIGHT += ["recipes -h", "recipes byol-1000ep", "data", "data sort-imagenet-val -
 LIGHT += [f"data {work} -h" for work in ("zip", "verify", "subset", "views", "info")]
 LIGHT += ["report -h", "demo -h", "evaluate linear -h", "localize -h", "masks -h", "convert -h"]
 LIGHT += ["report -h", "demo -h", "evaluate linear -h", "evaluate instance -h"]
+LIGHT += ["detect", "detect train -h", "detect eval -h", "detect compare -h"]
 LIGHT += ["evaluate finetune -h", "diagnose -h", "embed -h"]
 
 
@@ -63,6 +64,9 @@ def test_help_and_flags_come_without_torch():
         (["data", "sort-imagenet-val", "--out", "x"], "still to be given: IMAGES, --truth"),
         (["localize"], "still to be given: --data"),
         (["masks", "--data", "x"], "still to be given: --out"),
+        (["detect", "trian"], "no work called 'trian' (did you mean 'train'?)"),
+        (["detect", "train", "--data", "x"], "still to be given: CHECKPOINT, --out"),
+        (["detect", "eval"], "still to be given: RUN"),
         (["evaluate", "knnn"], "no reading called 'knnn' (did you mean 'knn'?)"),
     ],
 )

@@ -42,6 +42,8 @@ SMALLER = {
     "masks": "--threads 1 --device cpu",
     "diagnose": "--threads 1 --device cpu",
     "embed": "--threads 1 --device cpu",
+    "detect": "--threads 1 --device cpu",
+    "detect train": "--steps 2 --short-sides 48 --scales choice --channels 16 --rois 8",
 }
 PLACEHOLDERS = {"RUN": "runs/simclr-001", "SEED": "0"}
 NEEDS_MORE = re.compile(r"^torchrun|--device (cuda|mps)|--compile|torchvision:|--to onnx")
@@ -82,7 +84,7 @@ def arguments(words):
     ("page", "words"), ALL, ids=[f"{page.stem}-{' '.join(words)[:60]}" for page, words in ALL]
 )
 def test_every_command_of_the_docs_is_understood(page, words, monkeypatch, capsys):
-    from firstsight import convert, data, diagnose, embed, evaluate, localize, report, run
+    from firstsight import convert, data, detect, diagnose, embed, evaluate, localize, report, run
 
     def reached(*_, **__):
         raise Reached
@@ -93,6 +95,7 @@ def test_every_command_of_the_docs_is_understood(page, words, monkeypatch, capsy
         diagnose: ("run",),
         embed: ("run",),
         localize: ("run", "masks"),
+        detect: ("train", "evaluate", "compare"),
         report: ("write_report",),
         data: ("info", "pack", "subset", "verify", "views", "zip_up"),
         convert: ("read",),
@@ -165,6 +168,8 @@ def small(args):
         args[at] = str(min(float(args[at]), MOST_EPOCHS))
     elif args[0] == "pretrain":
         args += ["--epochs", "1"]
+    if args[0] == "detect" and args[1] in ("train", "compare"):
+        args += shlex.split(SMALLER["detect train"])
     return args + shlex.split(SMALLER.get(args[0], ""))
 
 
@@ -180,10 +185,10 @@ def test_the_commands_of_a_page_run_in_its_order(page, tmp_path, monkeypatch):
             foreign(Path(args[1]))
         for flag, value in itertools.pairwise(args):
             path = Path(value)
-            is_source = re.fullmatch(r"--(data|(probe-)?(train|test))|info", flag)
+            is_source = re.fullmatch(r"--((test-)?data|(probe-)?(train|test))|info", flag)
             if is_source and ":" not in value and not path.exists():
                 photographs(path, labelled="photos" not in value or flag == "info")
-            if flag == "--boxes" and not path.exists():
+            if flag in ("--boxes", "--annotations", "--test-annotations") and not path.exists():
                 annotations(path)
         try:
             cli.main(args)

@@ -183,7 +183,7 @@ def fit_backbone(spec: str, source: str | None = None, half: str | None = None) 
     if "firstsight" in text:
         ours = _from_weights(state, text["firstsight"], path)
         return _only(whole("firstsight", *ours), spec, source, half)
-    if "about" in state and "method" in state:
+    if "about" in state and ("method" in state or "detector" in state):
         return _only(whole("firstsight", *_from_parts(state, spec)), spec, source, half)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what is missing is untrained, always the same
@@ -271,6 +271,8 @@ def _from_run(folder: Path) -> tuple[Backbone, dict[str, Any]]:
 
 
 def _from_parts(state: dict[str, Any], where: str) -> tuple[Backbone, dict[str, Any]]:
+    if "method" not in state:
+        raise UserError(f"{where} is of a detector; give the CHECKPOINT that it was trained from")
     about = state["about"]
     backbone = backbones.build(about["backbone"], about["stem"], about["size"])
     prefix = "backbone."

@@ -103,12 +103,12 @@ def _tile(
     return np.concatenate([left, np.full((_SIDE, _GAP, 3), 255, np.uint8), right], axis=1)
 
 
-def save(folder: Path, pixels: Pixels, caption: str) -> None:
-    """Write objects.png and its caption, beside those of other pictures."""
-    write_png(folder / "objects.png", pixels)
+def save(folder: Path, pixels: Pixels, caption: str, name: str = "objects") -> None:
+    """Write a picture (objects.png) and its caption, beside those of other pictures."""
+    write_png(folder / f"{name}.png", pixels)
     file = folder / "captions.json"
     try:
         captions = json.loads(file.read_text())
     except (OSError, ValueError):
         captions = {}
-    checkpoint.write_json(file, {**captions, "objects": caption})
+    checkpoint.write_json(file, {**captions, name: caption})

@@ -1,7 +1,8 @@
 """Published settings as they ship: a YAML file each, its story in the comments at its top.
 
 A recipe lies between a method's defaults and `--config`, and has that file's format: `name` is the
-method. `differs:` lines say what of the published run it cannot repeat.
+method. Those of detectors are in `detect/`, and their `name` is that. `differs:` lines say what of
+the published run it cannot repeat.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ class Recipe:
     """The file as it ships."""
 
 
-def names() -> list[str]:
-    """All recipes there are."""
-    return sorted(path.stem for path in _HERE.glob("*.yaml"))
+def names(folder: str = "") -> list[str]:
+    """All recipes of pretraining, or those of `detect`."""
+    return sorted(path.stem for path in (_HERE / folder).glob("*.yaml"))
 
 
 def read(name: str) -> Recipe:
     """A recipe by its name."""
-    if name not in names():
-        raise unknown("recipe", name, names())
-    path = _HERE / f"{name}.yaml"
+    if name not in names() + names("detect"):
+        raise unknown("recipe", name, names() + names("detect"))
+    path = _HERE / ("detect" if name in names("detect") else "") / f"{name}.yaml"
     text, values = path.read_text(), read_yaml(path)
     told = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("#")]
     story: dict[str, str] = {}
@@ -74,6 +75,31 @@ def beneath(method: str, values: dict[str, Any]) -> dict[str, Any]:
     if "preset" in values:
         views = start.pop("views", {})
         start |= {"views": {"merge": views["merge"]}} if "merge" in views else {}
+    return _over(values, start)
+
+
+def of_detection(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` over those of the recipe of a detector that they name, if they name one.
+
+    Other `epochs` or `steps` than the recipe's scale its warm-up with them; `epochs` take the place
+    of its steps. Raises `UserError` for a recipe of pretraining.
+    """
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    if not values.get("recipe"):
+        return values
+    recipe = read(str(values["recipe"]))
+    if recipe.method != "detect":
+        raise UserError(
+            f"{recipe.name} is a recipe of {recipe.method}; use --recipe with one of: "
+            f"{', '.join(names('detect'))}"
+        )
+    start = dict(recipe.values)
+    for unit in ("epochs", "steps"):
+        if unit in values and start.get(unit):
+            share = _share(values[unit], start[unit])
+            start["warmup_steps"] = max(1, round(start["warmup_steps"] * share))
+    if "epochs" in values and "steps" not in values:
+        start.pop("steps", None)
     return _over(values, start)
 
 

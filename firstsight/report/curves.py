@@ -44,12 +44,15 @@ def chart(
     level: tuple[float, str] | None = None,
     large: bool = False,
     until: float = 0,
+    over: str = "step",
+    ends: bool = True,
 ) -> str:
     """A figure of the series over steps; empty where none of them has a finite value.
 
     `smooth` draws the points thin and their trend bold; `marked` puts a marker on each
     point; `level` is a dashed horizontal line and what it means; `note` explains the figure;
-    `until` is the last step that the axis shows, at least.
+    `until` is the last step that the axis shows, at least; `over` is what a step is called, and
+    `ends` says the last values beside the title.
     """
     drawn = [s for s in series if finite(s.points)]
     if not drawn:
@@ -81,16 +84,16 @@ def chart(
         f'<span class="y" style="top:{(high - t) / (high - low):.2%}">{told(t, ticks)}</span>'
         for t in ticks
     ]
-    labels += [_x_label(t, last, x_ticks, large) for t in x_ticks]
+    labels += [_x_label(t, last, x_ticks, over if large else "") for t in x_ticks]
     if level:
         top = (high - level[0]) / (high - low)
         labels.append(f'<span class="at" style="top:{top:.2%}">{escape(level[1])}</span>')
-    caption = f"<figcaption><h3>{escape(title)}</h3>{_ends(drawn, unit, large)}</figcaption>"
+    caption = f"<figcaption><h3>{escape(title)}</h3>{_ends(drawn, unit, large, ends)}</figcaption>"
     below = f'<p class="note">{escape(note)}</p>' if note else ""
     return (
         f'<figure class="chart{" large" if large else ""}">{caption}<div class="plot">'
         f'<svg viewBox="0 0 {_SIDE} {_SIDE}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(_in_words(title, drawn, unit))}">{"".join(parts)}</svg>'
+        f'aria-label="{escape(_in_words(title, drawn, unit, over))}">{"".join(parts)}</svg>'
         f"{''.join(labels)}</div>{below}</figure>\n"
     )
 
@@ -240,22 +243,27 @@ def _marker(s: Series, point: Point, at: Callable[[Point], str], unit: str) -> s
     )
 
 
-def _x_label(tick: float, last: float, ticks: Sequence[float], large: bool) -> str:
+def _x_label(tick: float, last: float, ticks: Sequence[float], over: str) -> str:
     place = tick / last
     text = f"{tick:,.0f}" if ticks[-1] < 1e5 else told(tick, ticks)
-    if large and tick == 0:
-        return '<span class="x first" style="left:0">step 0</span>'
+    if over and tick == 0:
+        return f'<span class="x first" style="left:0">{over} 0</span>'
     return (
         f'<span class="x{" last" if place > 0.97 else ""}" style="left:{place:.2%}">{text}</span>'
     )
 
 
-def _ends(series: Sequence[Series], unit: str, large: bool) -> str:
-    """First and last value of a lone curve; the last ones of several, in their colours."""
+def _ends(series: Sequence[Series], unit: str, large: bool, valued: bool) -> str:
+    """First and last value of a lone curve; the last ones of several, in their colours.
+
+    Without values the names alone, and of a lone curve nothing.
+    """
     said = []
     for s in series:
         points = finite(s.points)
-        value = f"<b>{brief(points[-1][1])}{unit}</b>"
+        value = f"<b>{brief(points[-1][1])}{unit}</b>" if valued else ""
+        if len(series) == 1 and s.colour == 0 and not valued:
+            return ""
         if len(series) == 1 and s.colour == 0:
             first = f"{brief(points[0][1])} → " if len(points) > 1 else ""
             return f'<p class="ends">{first}{value}</p>'
@@ -271,12 +279,12 @@ def swatch(colour: int) -> str:
     return f'<i class="swatch c{colour % COLOURS}{dashed}"></i>'
 
 
-def _in_words(title: str, series: Sequence[Series], unit: str) -> str:
+def _in_words(title: str, series: Sequence[Series], unit: str, over: str) -> str:
     said = []
     for s in series:
         (start, first), (end, last) = finite(s.points)[0], finite(s.points)[-1]
         said.append(
-            f"{s.label}: {brief(first)}{unit} at step {start:,.0f}, "
-            f"{brief(last)}{unit} at step {end:,.0f}"
+            f"{s.label}: {brief(first)}{unit} at {over} {start:,.0f}, "
+            f"{brief(last)}{unit} at {over} {end:,.0f}"
         )
-    return f"{title} over steps. {'; '.join(said)}."
+    return f"{title} over {over}s. {'; '.join(said)}."

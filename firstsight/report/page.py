@@ -9,6 +9,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from firstsight.report import detection
 from firstsight.report.answers import answers
 from firstsight.report.curves import Series, brief, chart, swatch
 from firstsight.report.read import Run, flat
@@ -29,12 +30,13 @@ def page(runs: Sequence[Run]) -> str:
     title = _title(lone) if lone else f"{len(runs)} runs compared"
     body = [
         _header(title, runs),
-        _section("In short", _answers(runs)),
+        _section("In short", _answers([run for run in runs if not run.detects])),
+        *(_section(title, content) for title, content in detection.sections(runs)),
         _section("Curves", _curves(runs)),
         *_all_pictures(runs),
         _section("Readings", readings(runs)),
         _section("Settings", settings(lone) if lone else differences(runs)),
-        _section("Use it", "".join(_use(run, alone=lone is not None) for run in runs)),
+        _section("Use it", "".join(_use(run, lone is not None) for run in runs if not run.detects)),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -64,7 +66,8 @@ def _title(run: Run) -> str:
 
 
 def _header(title: str, runs: Sequence[Run]) -> str:
-    parts = [f'<p class="eyebrow">firstsight · pretraining</p>\n<h1>{escape(title)}</h1>\n']
+    kind = "detection" if all(run.detects for run in runs) else "pretraining"
+    parts = [f'<p class="eyebrow">firstsight · {kind}</p>\n<h1>{escape(title)}</h1>\n']
     if len(runs) == 1:
         parts += [_state(runs[0]), _headline(runs[0]), _facts(runs[0])]
     else:
@@ -82,6 +85,8 @@ def _state(run: Run) -> str:
 
 def _headline(run: Run) -> str:
     """The reading that matters, in large figures, and in words how it was taken."""
+    if run.detects:
+        return detection.headline(run)
     before, after, quick = run.untrained, run.trained, run.last("knn_quick")
     if before is None and after is None and quick is None:
         return _loss_headline(run)

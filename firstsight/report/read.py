@@ -39,6 +39,8 @@ class Run:
     pictures: dict[str, str]
     """Pictures by name, as data URIs."""
     captions: dict[str, str]
+    curves: dict[str, Any]
+    """Of a detector, precision over recall; else empty."""
 
     def curve(self, name: str) -> list[tuple[float, float]]:
         """(step, value) of a scalar, where it was logged; null counts as not a number."""
@@ -90,6 +92,17 @@ class Run:
     def bad_images(self) -> int:
         """Images that could not be decoded."""
         return int(_number(self.summary.get("bad_images"), self.last("bad_images") or 0))
+
+    @property
+    def detects(self) -> bool:
+        """Whether the run trained a detector."""
+        return "detector" in self.settings
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Of a detector, how good it is on the test images; empty before it was judged."""
+        test = self.summary.get("test")
+        return test if self.detects and isinstance(test, dict) else {}
 
     @property
     def untrained(self) -> float | None:
@@ -147,7 +160,7 @@ def _read(folder: Path, label: str) -> Run:
             f"give a folder that `firstsight pretrain` wrote"
         )
     config = read_yaml(folder / "config.yaml")
-    method = str(config.pop("name", "unknown"))
+    method = str(config.pop("name", config.get("detector", "unknown")))
     try:
         records = read_log(folder / "log.jsonl")
     except (OSError, UnicodeDecodeError) as error:
@@ -166,6 +179,7 @@ def _read(folder: Path, label: str) -> Run:
         readings={path.stem: _reading(path) for path in sorted(folder.glob("readings/*.json"))},
         pictures=_pictures(folder / "pictures"),
         captions={name: text for name, text in captions.items() if isinstance(text, str)},
+        curves=_json(folder / "curves.json"),
     )
 
 

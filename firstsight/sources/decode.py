@@ -9,6 +9,7 @@ through Pillow, which refuses what is cut short.
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from typing import Any
 
@@ -55,6 +56,23 @@ def decode(data: bytes) -> Pixels:
         raise
     except Exception as error:  # decoders raise anything, from struct.error to SyntaxError
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+
+
+def sizes(path: str | os.PathLike[str]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Width and height of a file's image as it is stored, and upright; reads its header only.
+
+    Raises `UnreadableImage` where there is no such file, or it is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            _refuse_huge(*image.size)
+            width, height = image.size
+            on_its_side = _orientation(image) >= 5
+    except UnreadableImage:
+        raise
+    except Exception as error:  # as above
+        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+    return (width, height), (height, width) if on_its_side else (width, height)
 
 
 def _plain_jpeg(data: bytes) -> bool:

@@ -1,0 +1,101 @@
+"""Pictures of detections for a report: what was found and what is marked, in some images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from firstsight import keyed
+from firstsight.detect.annotations import AnnotatedImages, Detections
+from firstsight.detect.masks import decode
+from firstsight.geometry import iou
+from firstsight.localize import pictures
+from firstsight.sources.base import Pixels, UnreadableImage
+
+COUNT = 12
+"""Images on a sheet."""
+SURE = 0.5
+"""Detections with lower scores are not drawn."""
+
+_SIDE, _GAP, _COLUMNS = 280, 8, 4
+# told apart by people who see no red or no green, too
+_RIGHT, _WRONG, _MARKED = (0, 190, 130), (233, 120, 0), (255, 255, 255)
+
+
+def save(
+    folder: Path, truth: AnnotatedImages, found: Sequence[Detections], *, seed: int = 0
+) -> None:
+    """Write `detections.png` and its caption into a run's folder of pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    caption = (
+        f"Images of {truth.root.name} with what was found at a score of {SURE:g} or more: green "
+        "where an object of that class is marked (IoU .5 or more), orange where none is. Thin and "
+        "white: what is marked."
+    )
+    pictures.save(folder, sheet(truth, found, seed=seed), caption, "detections")
+
+
+def sheet(truth: AnnotatedImages, found: Sequence[Detections], *, seed: int = 0) -> Pixels:
+    """Some images with objects, chosen by seed, side by side with their boxes and masks."""
+    rng = np.random.default_rng(keyed.seed(seed, len(truth)))
+    tiles: list[Pixels] = []
+    for i in rng.permutation(len(truth)).tolist():
+        if len(tiles) == COUNT:
+            break
+        if not len(truth.pictures[i].objects):
+            continue
+        try:
+            tiles.append(_fitted(drawn(truth, i, found[i])))
+        except UnreadableImage:
+            continue
+    rows = max(1, -(-len(tiles) // _COLUMNS))
+    step = _SIDE + _GAP
+    canvas = np.full((rows * step, _COLUMNS * step, 3), 255, np.uint8)
+    for at, tile in enumerate(tiles):
+        top, left = at // _COLUMNS * step, at % _COLUMNS * step
+        canvas[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+    return canvas
+
+
+def drawn(truth: AnnotatedImages, index: int, found: Detections) -> Pixels:
+    """Image `index` with what is marked and what was found surely; raises `UnreadableImage`."""
+    pixels, objects = truth.pixels(index), truth.pictures[index].objects
+    unit = max(1.0, max(pixels.shape[:2]) / _SIDE)  # pixels of the image to one of the sheet
+    for box in objects.boxes:
+        pixels = _frame(pixels, box, _MARKED, unit)
+    for n in np.flatnonzero(found.scores >= SURE)[::-1].tolist():
+        same = objects.boxes[objects.labels == found.labels[n]]
+        right = bool((iou(found.boxes[n], same) >= 0.5).any())
+        colour = _RIGHT if right else _WRONG
+        if found.masks is not None:
+            inside = decode(found.masks[n], *pixels.shape[:2])
+            tinted = 0.6 * pixels[inside] + 0.4 * np.array(colour)
+            pixels = pixels.copy()
+            pixels[inside] = tinted.astype(np.uint8)
+        pixels = _frame(pixels, found.boxes[n], colour, 2 * unit)
+        said = f"{truth.categories[int(found.labels[n])]} {100 * found.scores[n]:.0f}"
+        x, y = int(found.boxes[n, 0]), int(max(found.boxes[n, 1], 11 * unit))
+        for shade, width in (((0, 0, 0), 3 * unit), (colour, unit)):
+            place, font = (x, y - int(2 * unit)), cv2.FONT_HERSHEY_SIMPLEX
+            cv2.putText(pixels, said, place, font, 0.36 * unit, shade, round(width), cv2.LINE_AA)
+    return pixels
+
+
+def _frame(
+    pixels: Pixels, box: NDArray[np.float32], colour: tuple[int, int, int], width: float
+) -> Pixels:
+    picture: Pixels = np.ascontiguousarray(pixels).copy()
+    x1, y1, x2, y2 = (round(float(value)) for value in box)
+    cv2.rectangle(picture, (x1, y1), (max(x2 - 1, x1), max(y2 - 1, y1)), colour, round(width))
+    return picture
+
+
+def _fitted(pixels: Pixels) -> Pixels:
+    """The image as it fits into a tile."""
+    scale = _SIDE / max(pixels.shape[:2])
+    size = max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale))
+    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
