@@ -139,6 +139,7 @@ def fit_backbone(spec: str, source: str | None = None, half: str | None = None) 
         ours = _from_weights(state, text["firstsight"], path)
         return _only(whole("firstsight", *ours), spec, source, half)
     if "about" in state and "method" in state:
+        refuse_damaged(path)
         return _only(whole("firstsight", *_from_parts(state, spec)), spec, source, half)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what is missing is untrained, always the same
