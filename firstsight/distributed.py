@@ -39,7 +39,14 @@ def start(device: str, threads: int = 0, patience: float = 1800) -> torch.device
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if launched and not dist.is_initialized():
         limit = datetime.timedelta(seconds=patience)
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=limit)
+        try:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=limit)
+        except RuntimeError as error:  # what libraries raise when they wait in vain
+            raise UserError(
+                f"rank {os.environ.get('RANK')} did not find all {os.environ['WORLD_SIZE']} ranks "
+                f"within {patience:.0f} s ({str(error).splitlines()[0][:120]}); start all of them, "
+                "or give them longer with --timeout"
+            ) from error
     global _device
     _device = torch.device(f"cuda:{torch.cuda.current_device()}" if kind == "cuda" else kind)
     return _device

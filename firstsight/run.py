@@ -104,7 +104,7 @@ def dry_run(name: str, config: Pretrain) -> dict[str, Any]:
 
 def _opened(config: Pretrain) -> tuple[Pretrain, Source]:
     """The source, and all refused that can be before anything is written."""
-    distributed.start(config.device, config.threads, patience=max(1800, 2 * config.timeout))
+    distributed.start(config.device, config.threads, patience=max(60, 2 * config.timeout))
     require(config.loggers)
     if config.download:
         fetch(config.data, config.probe_train, config.probe_test)
