@@ -7,8 +7,8 @@
 kill: `kill -9` at random moments, some of them while a checkpoint is being written, each time gone
 on with; the weights at the end must be those of an unbroken run, bit for bit. soak: two processes
 under torchrun, one of which (or a process of its loader) is killed every now and then; the run must
-end with the right number of steps and a log without a gap. memory: a long run with two processes
-for views, its memory and theirs read on the way; it must stay flat.
+end with the right number of steps and a log without a gap. memory: a long run of tiny steps, its
+memory and that of its loader read on the way; they must stay flat.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def children(pid: int) -> list[int]:
 def memory(folder: Path, steps: int) -> list[tuple[int, float, float]]:
     """(step, MiB of the run, MiB of its loader), private, on the way of a long run."""
     out, seen = folder / "memory", []
-    more = ("--workers", "1", "--epochs", str(steps / 8), "--save-every", "1000")
-    more = (*more, "--log-every", "50", "--batch-size", "8")
+    more = ("--workers", "1", "--epochs", str(steps / 32), "--save-every", "1000")
+    more = (*more, "--log-every", "50", "--batch-size", "2")
     process = subprocess.Popen(command(out, *more), stderr=subprocess.DEVNULL)
     while process.poll() is None:
         time.sleep(1)
