@@ -98,8 +98,8 @@ def soak(folder: Path, minutes: float, seed: int, every: float = 40.0) -> int:
     """How many processes were killed in a run of two, until it ended as it should."""
     draw, out = random.Random(seed), folder / "soak"
     steps = 8 * max(1, round(minutes * 60 * 8 / 8))  # some eight a second on two cores
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    launch += ["--master-port", str(20_000 + draw.randrange(20_000)), "--max-restarts", "1000"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += ["--nproc-per-node", "2", "--max-restarts", "1000"]
     more = ("--workers", "1", "--epochs", str(steps / 8), "--save-every", "20", "--timeout", "30")
     process = subprocess.Popen([*launch, *command(out, *more)[1:]], stderr=subprocess.DEVNULL)
     killed, due = 0, time.monotonic() + every

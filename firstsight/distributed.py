@@ -9,12 +9,16 @@ from __future__ import annotations
 import datetime
 import inspect
 import os
+import time
+import uuid
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from firstsight.errors import UserError
@@ -40,7 +44,15 @@ def start(device: str, threads: int = 0, patience: float = 1800) -> torch.device
     if launched and not dist.is_initialized():
         limit = datetime.timedelta(seconds=patience)
         try:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=limit)
+            store, place, count = next(rendezvous("env://", timeout=limit))
+            store.set_timeout(limit)
+            dist.init_process_group(
+                "nccl" if kind == "cuda" else "gloo",
+                store=_without_the_dead(store, place, count, patience),
+                rank=place,
+                world_size=count,
+                timeout=limit,
+            )
         except RuntimeError as error:  # what libraries raise when they wait in vain
             raise UserError(
                 f"rank {os.environ.get('RANK')} did not find all {os.environ['WORLD_SIZE']} ranks "
@@ -50,6 +62,32 @@ def start(device: str, threads: int = 0, patience: float = 1800) -> torch.device
     global _device
     _device = torch.device(f"cuda:{torch.cuda.current_device()}" if kind == "cuda" else kind)
     return _device
+
+
+def _without_the_dead(store: Store, place: int, count: int, patience: float) -> Store:
+    """The part of a `store` that is of this start alone.
+
+    After an elastic restart torchrun (2.15) hands out the same store, with the addresses of ranks
+    that have died, and gloo waits for these for ever. So rank 0 names a new part, and answers each
+    rank under a word that only one that lives now can have asked for.
+    """
+    word = uuid.uuid4().hex
+    if place > 0:
+        store.set(f"firstsight/{place}", word)
+        part = store.get(f"firstsight/{word}").decode()  # waits for it
+        store.set(f"firstsight/{part}/{place}", "heard")
+        return PrefixStore(part, store)
+    silent, deadline = set(range(1, count)), time.monotonic() + patience
+    while silent:
+        for other in sorted(silent):
+            if store.check([f"firstsight/{word}/{other}"]):
+                silent.discard(other)
+            elif store.check([f"firstsight/{other}"]):
+                store.set(f"firstsight/{store.get(f'firstsight/{other}').decode()}", word)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no word from rank {min(silent)}")
+        time.sleep(0.01)
+    return PrefixStore(word, store)
 
 
 def device() -> torch.device:

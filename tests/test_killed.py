@@ -12,7 +12,6 @@ import pytest
 
 from benchmarks.rough_weather import children, command, gaps, kill_at_random, same, weights
 from firstsight.log import read_log
-from tests.methods.test_all import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -28,8 +27,8 @@ def begun(command, log, lines, **more):
 
 def launched(out, *more, restarts=0):
     """The command of two ranks under torchrun."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    launch += ["--master-port", str(free_port()), "--max-restarts", str(restarts)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += ["--nproc-per-node", "2", "--max-restarts", str(restarts)]
     return [*launch, *command(out, "--workers", "0", *more)[1:]]
 
 
