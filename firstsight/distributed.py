@@ -6,14 +6,19 @@ sets RANK, WORLD_SIZE and LOCAL_RANK) `start` joins the group, and the same code
 
 from __future__ import annotations
 
+import datetime
 import inspect
 import os
+import time
+import uuid
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from firstsight.errors import UserError
@@ -21,10 +26,11 @@ from firstsight.errors import UserError
 _device = torch.device("cpu")
 
 
-def start(device: str, threads: int = 0) -> torch.device:
+def start(device: str, threads: int = 0, patience: float = 1800) -> torch.device:
     """Join the other processes, if there are any, and return the device of this one.
 
     `threads` is how many the CPU's arithmetic takes; 0: one for each core that this rank has.
+    `patience` is for how many seconds ranks wait for each other before they raise.
     """
     torch.set_num_threads(threads or cores())
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -36,10 +42,52 @@ def start(device: str, threads: int = 0) -> torch.device:
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if launched and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        limit = datetime.timedelta(seconds=patience)
+        try:
+            store, place, count = next(rendezvous("env://", timeout=limit))
+            store.set_timeout(limit)
+            dist.init_process_group(
+                "nccl" if kind == "cuda" else "gloo",
+                store=_without_the_dead(store, place, count, patience),
+                rank=place,
+                world_size=count,
+                timeout=limit,
+            )
+        except RuntimeError as error:  # what libraries raise when they wait in vain
+            raise UserError(
+                f"rank {os.environ.get('RANK')} did not find all {os.environ['WORLD_SIZE']} ranks "
+                f"within {patience:.0f} s ({str(error).splitlines()[0][:120]}); start all of them, "
+                "or give them longer with --timeout"
+            ) from error
     global _device
     _device = torch.device(f"cuda:{torch.cuda.current_device()}" if kind == "cuda" else kind)
     return _device
+
+
+def _without_the_dead(store: Store, place: int, count: int, patience: float) -> Store:
+    """The part of a `store` that is of this start alone.
+
+    After an elastic restart torchrun (2.15) hands out the same store, with the addresses of ranks
+    that have died, and gloo waits for these for ever. So rank 0 names a new part, and answers each
+    rank under a word that only one that lives now can have asked for.
+    """
+    word = uuid.uuid4().hex
+    if place > 0:
+        store.set(f"firstsight/{place}", word)
+        part = store.get(f"firstsight/{word}").decode()  # waits for it
+        store.set(f"firstsight/{part}/{place}", "heard")
+        return PrefixStore(part, store)
+    silent, deadline = set(range(1, count)), time.monotonic() + patience
+    while silent:
+        for other in sorted(silent):
+            if store.check([f"firstsight/{word}/{other}"]):
+                silent.discard(other)
+            elif store.check([f"firstsight/{other}"]):
+                store.set(f"firstsight/{store.get(f'firstsight/{other}').decode()}", word)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no word from rank {min(silent)}")
+        time.sleep(0.01)
+    return PrefixStore(word, store)
 
 
 def device() -> torch.device:
@@ -100,6 +148,13 @@ def barrier() -> None:
     """Wait for all ranks."""
     if world() > 1:
         dist.barrier()
+
+
+def broken(error: BaseException | None) -> bool:
+    """Whether `error` says that another process is gone, or keeps this one waiting."""
+    words = ("gloo", "nccl", "connection", "timed out", "peer", "recv")
+    text = str(error).lower()
+    return world() > 1 and isinstance(error, RuntimeError) and any(word in text for word in words)
 
 
 def share(value: Any) -> Any:
