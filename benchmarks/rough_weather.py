@@ -102,10 +102,11 @@ def soak(folder: Path, minutes: float, seed: int, every: float = 40.0) -> int:
     launch += ["--nproc-per-node", "2", "--max-restarts", "1000"]
     more = ("--workers", "1", "--epochs", str(steps / 8), "--save-every", "20", "--timeout", "30")
     process = subprocess.Popen([*launch, *command(out, *more)[1:]], stderr=subprocess.DEVNULL)
-    killed, due = 0, time.monotonic() + every
+    killed, reached, due = 0, 0, time.monotonic() + every
     while process.poll() is None:
         time.sleep(0.5)
-        if time.monotonic() < due:
+        now = len(read_log(out / "log.jsonl"))
+        if time.monotonic() < due or now < reached + 25:  # a restart has to get somewhere first
             continue
         victims = []
         for beat in (out / "watch").glob("rank-*.json"):
@@ -120,7 +121,7 @@ def soak(folder: Path, minutes: float, seed: int, every: float = 40.0) -> int:
                 killed += 1
             except ProcessLookupError:
                 pass
-        due = time.monotonic() + every * (0.5 + draw.random())
+        reached, due = now, time.monotonic() + every * (0.5 + draw.random())
     summary = json.loads((out / "summary.json").read_text())
     if process.returncode or summary["steps"] != steps or gaps(out, steps):
         raise SystemExit(f"ended with {summary['steps']} of {steps} steps, gaps {gaps(out, steps)}")
@@ -137,7 +138,7 @@ def children(pid: int) -> list[int]:
 
 
 def memory(folder: Path, steps: int) -> list[tuple[int, float, float]]:
-    """(step, MiB of the run, MiB of its loader), private, on the way of a long run."""
+    """(step, MiB of the run, MiB of its loader) on the way of a long run."""
     out, seen = folder / "memory", []
     more = ("--workers", "1", "--epochs", str(steps / 32), "--save-every", "1000")
     more = (*more, "--log-every", "50", "--batch-size", "2")
@@ -146,19 +147,19 @@ def memory(folder: Path, steps: int) -> list[tuple[int, float, float]]:
         time.sleep(1)
         records = read_log(out / "log.jsonl")[-1:]
         if records and (not seen or records[0]["step"] >= seen[-1][0] + steps / 20):
-            loader = sum(map(private, children(process.pid)))
-            seen.append((records[0]["step"], private(process.pid), loader))
+            loader = sum(map(held, children(process.pid)))
+            seen.append((records[0]["step"], held(process.pid), loader))
             print("step {:>7}  run {:7.1f} MiB  loader {:7.1f} MiB".format(*seen[-1]), flush=True)
     return seen
 
 
-def private(pid: int) -> float:
-    """MiB that a process shares with no other."""
+def held(pid: int) -> float:
+    """MiB that a process holds, of pages shared with others its part (PSS)."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0.0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
 
 def main() -> None:

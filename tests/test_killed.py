@@ -108,7 +108,7 @@ def test_a_rank_that_is_killed_is_named_and_an_elastic_restart_goes_on(tmp_path)
     assert process.returncode and re.search(said, err), err
     process = begun(launched(tmp_path, *more, restarts=2), tmp_path / "log.jsonl", 20)
     os.kill(beat(tmp_path, 0)["pid"], signal.SIGKILL)
-    process.communicate(timeout=90)
+    process.communicate(timeout=300)
     assert process.returncode == 0 and not gaps(tmp_path, 64)
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 64
 
