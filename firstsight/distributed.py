@@ -6,6 +6,7 @@ sets RANK, WORLD_SIZE and LOCAL_RANK) `start` joins the group, and the same code
 
 from __future__ import annotations
 
+import datetime
 import inspect
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -21,10 +22,11 @@ from firstsight.errors import UserError
 _device = torch.device("cpu")
 
 
-def start(device: str, threads: int = 0) -> torch.device:
+def start(device: str, threads: int = 0, patience: float = 1800) -> torch.device:
     """Join the other processes, if there are any, and return the device of this one.
 
     `threads` is how many the CPU's arithmetic takes; 0: one for each core that this rank has.
+    `patience` is for how many seconds ranks wait for each other before they raise.
     """
     torch.set_num_threads(threads or cores())
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -36,7 +38,8 @@ def start(device: str, threads: int = 0) -> torch.device:
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if launched and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        limit = datetime.timedelta(seconds=patience)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=limit)
     global _device
     _device = torch.device(f"cuda:{torch.cuda.current_device()}" if kind == "cuda" else kind)
     return _device
@@ -100,6 +103,13 @@ def barrier() -> None:
     """Wait for all ranks."""
     if world() > 1:
         dist.barrier()
+
+
+def broken(error: BaseException | None) -> bool:
+    """Whether `error` says that another process is gone, or keeps this one waiting."""
+    words = ("gloo", "nccl", "connection", "timed out", "peer", "recv")
+    text = str(error).lower()
+    return world() > 1 and isinstance(error, RuntimeError) and any(word in text for word in words)
 
 
 def share(value: Any) -> Any:

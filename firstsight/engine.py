@@ -5,13 +5,12 @@ What happens once in a while (a line in the log, a reading, a checkpoint) is an 
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from firstsight import backbones, distributed, keyed, methods, optim, update
+from firstsight import backbones, distributed, keyed, methods, metrics, optim, update
 from firstsight.features import Seen
 from firstsight.guards import (
     note_bad,
@@ -27,11 +26,9 @@ from firstsight.resident import maker_of
 from firstsight.schedule import Schedule, due
 from firstsight.settings import Pretrain, plain
 from firstsight.sources.base import Source
-from firstsight.state import State
+from firstsight.state import SNAPSHOTS, State
+from firstsight.watch import Watch
 from firstsight.windows import order_of
-
-SNAPSHOTS = 10
-"""Backbones kept over a run, evenly spread."""
 
 
 class Trained(NamedTuple):
@@ -46,9 +43,12 @@ class Trained(NamedTuple):
 
 
 def pretrain(
-    name: str, config: Pretrain, source: Source, probe: KnnProbe | None, out: Path
+    name: str, config: Pretrain, source: Source, probe: KnnProbe | None, out: Path, salt: int = 0
 ) -> Trained:
-    """Train method `name` from where the run in `out` stands; config is resolved (no `auto`)."""
+    """Train method `name` from where the run in `out` stands; config is resolved (no `auto`).
+
+    `salt` counts how often it is tried from there: what is drawn is other each time.
+    """
     device, layout = distributed.device(), LAYOUTS[config.layout]
     order = order_of(config, len(source))
     steps = order.steps(config.epochs)
@@ -69,6 +69,7 @@ def pretrain(
         optimizer=optimizer,
         scaler=scaler,
         online=online,
+        salt=salt,
     )
     state.resume()
     if config.compile:
@@ -78,7 +79,7 @@ def pretrain(
 
     main, first = distributed.rank() == 0, state.step
     log = Log(out, first, config.loggers, plain(config)) if main else None
-    maker = maker_of(config, source, order, device)
+    maker = maker_of(config, source, order, device, state.seed)
     stream = batches(maker, first, steps, 0 if config.resident else config.workers)
     if online:
         online.begin(first, steps)
@@ -89,13 +90,9 @@ def pretrain(
 
     seen: Seen | None = None
     new_bad: set[str] = set()
-    waited = trained = 0.0  # seconds since the last line of the log
-    images = 0
-    with Meter(name, first, steps) as meter, stop_signal() as stopped:
-        for step in range(first, steps):
-            began = time.perf_counter()
-            batch = next(stream)
-            waited += time.perf_counter() - began
+    watch = Watch(out, config.timeout)
+    with Meter(name, first, steps) as meter, stop_signal() as stopped, state, watch:
+        for step, batch in watch.over(stream, first):
             done, progress = step + 1, step / steps
             logging = done % config.log_every == 0 or done == steps
             reading = online is not None and due(done, steps, config.probe_readings + 1)
@@ -103,19 +100,16 @@ def pretrain(
             saving = done % config.save_every == 0 or done == steps or stopping
             keeping = due(done, steps, SNAPSHOTS)
 
-            torch.manual_seed(keyed.seed(config.seed, step, distributed.rank()))
+            torch.manual_seed(keyed.seed(state.seed, step, distributed.rank()))
             lr = schedule.rate(step)
             output = update.gradients(model, batch, scaler, config)
             # reading a loss waits for the device, so on a fast one that is rare
-            if device.type == "cpu" or logging or saving:
+            if logging or saving or (device.type == "cpu" and distributed.world() == 1):
                 refuse_nonfinite_loss(output.loss, method, step, out)
             stepped = update.apply(method, optimizer, scaler, config, progress, lr)
             if online:
                 online.learn(step, steps, method.backbone, output.features, batch.label)
-            state.step, state.skipped = done, state.skipped + (not stepped)
-            took = time.perf_counter() - began
-            state.seconds, trained = state.seconds + took, trained + took
-            images += config.batch_size
+            state.advance(stepped, watch.step_took(config.batch_size))
             new_bad |= set(batch.bad)
 
             if logging or saving:
@@ -126,14 +120,17 @@ def pretrain(
                     "epoch": done / order.steps_per_epoch,
                     "loss": distributed.mean(output.loss),
                     "lr": lr,
-                    "images_per_second": images / trained,
-                    "data_wait": waited / trained,
+                    **watch.pace(),
                     "bad_images": float(len(state.bad)),
+                    "feature_spread": distributed.mean(metrics.spread(output.features.float())),
                     **{key: distributed.mean(value) for key, value in output.scalars.items()},
                 }
-                waited, trained, images = 0.0, 0.0, 0
+                watch.note(figures)
                 if scaler.is_enabled():
                     figures["skipped_steps"] = float(state.skipped)
+                if reading:
+                    watch.reads()
+                    state.settle()
                 if online and done == steps:
                     readings, seen = online.fully(method.backbone)
                     figures |= readings
@@ -142,7 +139,7 @@ def pretrain(
                 if log:
                     log.write(done, figures)
                     meter.show(done, told(figures))
-            if main and (saving or keeping):
+            if saving or keeping:
                 refuse_nonfinite_networks(method, step, out)
             if main and keeping:
                 state.snapshot()

@@ -29,34 +29,48 @@ def note_bad(new: set[str], known: set[str], most: float) -> None:
         )
 
 
+class NonFinite(UserError):
+    """The numbers of a run are none any more; `what` says which, without what to do about it."""
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"{what}; {advice}")
+        self.what = what
+
+
 def refuse_nonfinite_loss(loss: Tensor, method: nn.Module, step: int, out: Path) -> None:
-    """Stop the run when the loss is not finite, before anything is updated with it."""
-    if not math.isfinite(loss.item()):
-        raise _nonfinite(f"the loss is {loss.item()}", method, step, out)
+    """Stop the run when the loss of any rank is not finite; to be called on all ranks."""
+    if not math.isfinite(mean := distributed.mean(loss)):
+        raise _nonfinite(f"the loss is {mean}", method, step, out)
 
 
 def refuse_nonfinite_networks(method: nn.Module, step: int, out: Path) -> None:
-    """Stop the run when an update broke a tensor, before anything of it is saved."""
-    if not all(t.isfinite().all() for t in method.state_dict().values()):
+    """Stop the run when an update broke a tensor of any rank, before anything of it is saved."""
+    if distributed.anyone(not all(t.isfinite().all() for t in method.state_dict().values())):
         raise _nonfinite("the update broke the networks", method, step, out)
 
 
-def _nonfinite(what: str, method: nn.Module, step: int, out: Path) -> UserError:
+def _nonfinite(what: str, method: nn.Module, step: int, out: Path) -> NonFinite:
     tensors: list[tuple[str, Tensor | None]] = list(method.state_dict().items())
     tensors += [(f"gradient of {name}", p.grad) for name, p in method.named_parameters()]
     bad = [name for name, t in tensors if t is not None and not t.isfinite().all()]
     named = f"{len(bad)} tensors went bad, {', '.join(bad[:3])} first" if bad else "no tensor did"
     last = out / "checkpoints" / "last"
     kept = f"the last good checkpoint is {last.resolve()}" if last.exists() else "none was saved"
-    return UserError(
-        f"{what} at step {step} ({named}); {kept}; start another run with a lower --lr, "
-        f"a longer --warmup-epochs or --precision fp32"
+    return NonFinite(
+        f"{what} at step {step} ({named}); {kept}",
+        "start another run with a lower --lr, a longer --warmup-epochs or --precision fp32",
     )
+
+
+STOPPING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)
+"""Signals that ask a run to save and end: of people, of machines, of schedulers before those."""
 
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
-    """While inside, SIGINT and SIGTERM do not end the process; the value says whether one came."""
+    """While inside, `STOPPING` signals do not end the process; the value says whether one came."""
     came: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -65,7 +79,7 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
         came.append(number)
 
     try:
-        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, note) for s in STOPPING}
     except ValueError:  # not the main thread: signals go elsewhere
         before = {}
     try:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from firstsight import distributed
 from firstsight.batch import Batch, Colours
 from firstsight.errors import UserError
+from firstsight.log import say
 from firstsight.merging import Merger
 from firstsight.sources.base import Pixels, Source, UnreadableImage, readable
 from firstsight.views import Interpolation, Views
@@ -38,6 +39,7 @@ ViewsOn = Literal["worker", "device"]
 
 _Made = TypeVar("_Made")
 
+_LIVES = 10
 _CHUNK = 32
 """Decoded images held at a time: enough to draw for many at once, few enough for memory."""
 
@@ -175,8 +177,26 @@ class Labelled(Dataset[Any]):
 
 
 def batches(steps: Steps, first: int, last: int, workers: int) -> Iterator[Batch]:
-    """The batches of steps `first` to `last - 1`, made by `workers` processes (0: this one)."""
-    return _raised(_loader(steps, range(first, last), workers))
+    """The batches of steps `first` to `last - 1`, made by `workers` processes (0: this one).
+
+    A worker that is killed is replaced, since a batch depends on its step alone; after `_LIVES` of
+    them `UserError` is raised.
+    """
+    for left in reversed(range(_LIVES)):
+        try:
+            for batch in _raised(_loader(steps, range(first, last), workers)):
+                yield batch
+                first += 1
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = f"a process that makes views was killed before step {first}"
+            if not left:
+                raise UserError(
+                    f"{reason}, the {_LIVES}th; where memory is short, use fewer --workers"
+                ) from error
+        say(f"{reason}; others take over")
 
 
 def labelled(
@@ -187,7 +207,7 @@ def labelled(
 
 
 def _raised(made: Iterable[_Made | UserError]) -> Iterator[_Made]:
-    for one in made:
+    for one in _begun(made):  # under no name: workers end with it, also where an error is kept
         if isinstance(one, UserError):
             raise one
         yield one
@@ -203,6 +223,19 @@ def _loader(dataset: Dataset[Any], sampler: range, workers: int) -> DataLoader[A
         worker_init_fn=_single_thread,
         pin_memory=False,
     )
+
+
+def _begun(made: Iterable[_Made]) -> Iterator[_Made]:
+    """The iterator; a dead worker is found where its batch is due.
+
+    torch sets a signal handler that raises wherever the main thread is: amid an update too.
+    """
+    before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    iterator = iter(made)
+    if before is not None:
+        with contextlib.suppress(ValueError):  # not the main thread: torch could set none either
+            signal.signal(signal.SIGCHLD, before)
+    return iterator
 
 
 def _quiet_worker() -> None:
@@ -228,12 +261,25 @@ def keep_freed_memory() -> None:
 
 def _single_thread(worker: int) -> None:
     keep_freed_memory()
-    # Ctrl-C and SIGTERM reach the whole process group; the main process ends its workers itself,
-    # after the step that it is in
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _end_with_parent()
+    # what asks a run to stop reaches the whole process group; the main process ends its workers
+    # itself, after the step that it is in
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
     _quiet_worker()
+
+
+def _end_with_parent() -> None:
+    """Have this process killed when its parent is, where that is Linux.
+
+    Else it holds memory, the lock of the run folder and connections to other ranks for seconds.
+    """
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").prctl(1, 9)  # PR_SET_PDEATHSIG of sys/prctl.h, SIGKILL
 
 
 def normalised(

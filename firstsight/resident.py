@@ -137,8 +137,13 @@ class ResidentSteps(Steps):
         )
 
 
-def maker_of(config: Pretrain, source: Source, order: Order, device: torch.device) -> Steps:
-    """What makes this rank's batches of a run: from the source, or from a copy on the device."""
+def maker_of(
+    config: Pretrain, source: Source, order: Order, device: torch.device, seed: int
+) -> Steps:
+    """What makes this rank's batches of a run: from the source, or from a copy on the device.
+
+    `seed` is that of views; the order has its own.
+    """
     kind: type[Steps] = ResidentSteps if config.resident else Steps
     held = Resident(source, device) if config.resident else source
     return kind(
@@ -146,7 +151,7 @@ def maker_of(config: Pretrain, source: Source, order: Order, device: torch.devic
         views=config.views,
         size=config.size,
         order=order,
-        seed=config.seed,
+        seed=seed,
         rank=distributed.rank(),
         world=distributed.world(),
         views_on=config.views_on,

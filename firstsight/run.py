@@ -26,6 +26,7 @@ from firstsight.errors import UserError
 from firstsight.evaluate.linear import cached
 from firstsight.evaluate.protocols import PROTOCOLS, stated
 from firstsight.features import Reader, Seen
+from firstsight.guards import NonFinite
 from firstsight.localize.commands import Masks
 from firstsight.localize.grids import write_masks
 from firstsight.log import clock, read_log, require, say
@@ -109,7 +110,7 @@ def dry_run(name: str, config: Pretrain) -> dict[str, Any]:
 
 def _opened(config: Pretrain) -> tuple[Pretrain, Source]:
     """The source, and all refused that can be before anything is written."""
-    distributed.start(config.device, config.threads)
+    distributed.start(config.device, config.threads, patience=max(1800, 2 * config.timeout))
     require(config.loggers)
     if config.download:
         fetch(config.data, config.probe_train, config.probe_test)
@@ -178,10 +179,20 @@ def _say_what_chunks_change(name: str, config: Pretrain) -> None:
 def _trained(
     name: str, config: Pretrain, source: Source, probe: KnnProbe | None, out: Path
 ) -> engine.Trained:
-    """The engine's work; where memory is too small for it, what would fit is said."""
+    """The engine's work; where memory is too small for it, what would fit is said.
+
+    Numbers that are none are gone back from: to the last checkpoint, with a key of its own for each
+    time, since the same views would only bring them back.
+    """
     try:
         with cache.held(source, config.cache) as images:
-            return engine.pretrain(name, config, images, probe, out)
+            for back in range(config.rollbacks):
+                try:
+                    return engine.pretrain(name, config, images, probe, out, back)
+                except NonFinite as fault:
+                    again = f"({back + 1} of --rollbacks {config.rollbacks})"
+                    say(f"{fault.what}; going back to it with other views {again}")
+            return engine.pretrain(name, config, images, probe, out, config.rollbacks)
     except torch.OutOfMemoryError:
         pass  # only outside this block are the tensors of the failed step free
     raise trial.too_large(name, config, len(source))

@@ -11,12 +11,11 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-import yaml
-
 from firstsight.errors import UserError, require_positive, require_share, unknown
+from firstsight.plain_yaml import read_yaml as read_yaml
+from firstsight.plain_yaml import write_yaml as write_yaml
 from firstsight.views import PRESETS, Views
 
 SMALL = 64
@@ -182,6 +181,16 @@ class Pretrain:
     """Steps between checkpoints."""
     keep: int = 2
     """Checkpoints kept; older ones are removed."""
+    keep_every: int = 0
+    """Steps between checkpoints that are never removed, a multiple of --save-every; 0: none."""
+    allow_changed_data: bool = False
+    """Go on with a run although --data holds other images than when it stopped."""
+    rollbacks: int = 3
+    """Times that a run whose loss is not finite goes back to its last checkpoint, with other views,
+    before it gives up."""
+    timeout: float = 1800
+    """Seconds after which a run that takes no step is ended, the rank or loader that hangs named;
+    readings do not count."""
     log_every: int = 10
     """Steps between lines of log.jsonl."""
     loggers: tuple[Literal["jsonl", "tensorboard", "csv", "wandb"], ...] = ("jsonl", "tensorboard")
@@ -205,7 +214,11 @@ class Pretrain:
 
     def __post_init__(self) -> None:
         require_positive("--", self, "size", "epochs", "save_every", "log_every", "keep")
-        require_positive("--", self, "accumulate", "window_size")
+        require_positive("--", self, "accumulate", "window_size", "timeout")
+        if self.keep_every % self.save_every:
+            raise UserError(
+                f"--keep-every {self.keep_every} is no multiple of --save-every {self.save_every}"
+            )
         if not 1 <= self.window_stride <= self.window_size:
             raise UserError(
                 f"--window-stride must be from 1 to the {self.window_size} of --window-size, "
@@ -220,7 +233,7 @@ class Pretrain:
         if not self.probe_lrs or not all(0 < lr < math.inf for lr in self.probe_lrs):
             raise UserError(f"--probe-lrs takes numbers above 0, not {self.probe_lrs}")
         require_share("--", self, "max_bad", "lr_start", "lr_end")
-        counts = ("threads", "probe_readings", "seed")
+        counts = ("threads", "probe_readings", "seed", "keep_every", "rollbacks")
         for name in ("weight_decay", "warmup_epochs", "clip_norm", "clip_param", *counts):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{flag(name)} must not be below 0: {getattr(self, name)}")
@@ -252,7 +265,8 @@ class Pretrain:
 
 UNBOUND = (
     *("out", "recipe", "download", "device", "threads", "workers", "max_bad", "dry_run"),
-    *("log_every", "loggers", "save_every", "keep"),
+    *("log_every", "loggers", "save_every", "keep", "keep_every"),
+    *("allow_changed_data", "rollbacks", "timeout"),
 )
 """Settings that may differ when a run goes on: they do not change what is computed."""
 
@@ -371,30 +385,3 @@ def truth(value: Any) -> bool | None:
     if word in ("yes", "true", "t", "y", "1"):
         return True
     return False if word in ("no", "false", "f", "n", "0") else None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, which can execute nothing."""
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; give --config a YAML file"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not plain YAML: {reason}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no settings (expected lines like `epochs: 100`)")
-    return values
-
-
-def write_yaml(path: Path, values: dict[str, Any]) -> None:
-    """Write settings in the format that `--config` reads, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(yaml.safe_dump(values, sort_keys=False))
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error.strerror}); use another --out") from None

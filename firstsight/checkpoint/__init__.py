@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save as serialize
@@ -17,15 +16,28 @@ from firstsight.checkpoint.foreign import taken
 from firstsight.checkpoint.networks import Fit, fitted, inner, whole
 from firstsight.checkpoint.reading import first_line as _first_line
 from firstsight.checkpoint.reading import is_safetensors, read, read_safetensors
+from firstsight.checkpoint.writing import (
+    Writer,
+    newest,
+    on_host,
+    refuse_damaged,
+    save,
+    write_atomically,
+    write_json,
+)
 from firstsight.errors import UserError
 
 __all__ = [
+    "Writer",
     "about_backbone",
     "fit_backbone",
     "load_backbone",
     "load_state",
     "newest",
+    "on_host",
     "read",
+    "refuse_damaged",
+    "refuse_unlike",
     "save",
     "save_backbone",
     "start_backbone",
@@ -35,70 +47,8 @@ __all__ = [
 ]
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a file that appears under its name only when it is whole on the disk."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        failure = _disk_failure(error)
-        if failure is None:
-            raise
-        raise UserError(f"cannot write {path} ({failure}); make room and run again") from error
-
-
-def _disk_failure(error: BaseException | None) -> str | None:
-    """What the system said, also where torch buried it under an error of its own."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__context__
-    return None if error is None else error.strerror or str(error)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write the state after `step` steps, point `last` at it, remove all but the `keep` newest."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:08d}.pt"
-    write_atomically(path, lambda file: torch.save(state, file))
-    link = folder / ".last.part"
-    link.unlink(missing_ok=True)
-    link.symlink_to(path.name)
-    os.replace(link, folder / "last")
-    saved = _all(folder)
-    later = [other for other in saved if other.name > path.name]  # damaged: the run went back
-    earlier = [other for other in saved if other.name <= path.name][:-keep]
-    for old in later + earlier:
-        old.unlink()
-    return path
-
-
-def _all(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.pt"))
-
-
-def newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest state that can be read, if any, and what had to be passed over for it."""
-    damaged: list[str] = []
-    for path in reversed(_all(folder)):
-        try:
-            return read(path), damaged
-        except UserError as error:
-            damaged.append(str(error))
-    return None, damaged
-
-
-def load_state(module: torch.nn.Module, state: dict[str, Any], path: Path | str) -> None:
-    """Load all of a state into `module`; another architecture is refused, saying what differs."""
+def refuse_unlike(module: torch.nn.Module, state: dict[str, Any], path: Path | str) -> None:
+    """Refuse the state of another architecture than that of `module`, saying what differs."""
     own = module.state_dict()
     missing = [name for name in own if name not in state]
     extra = [name for name in state if name not in own]
@@ -111,6 +61,11 @@ def load_state(module: torch.nn.Module, state: dict[str, Any], path: Path | str)
             else f"{(missing or extra)[0]} is {'missing there' if missing else 'unknown here'}"
         )
         raise UserError(f"{path} is of another architecture: {first}; check --backbone and --stem")
+
+
+def load_state(module: torch.nn.Module, state: dict[str, Any], path: Path | str) -> None:
+    """Load all of a state into `module`; another architecture is refused, saying what differs."""
+    refuse_unlike(module, state, path)
     module.load_state_dict(state)
 
 
@@ -184,6 +139,7 @@ def fit_backbone(spec: str, source: str | None = None, half: str | None = None) 
         ours = _from_weights(state, text["firstsight"], path)
         return _only(whole("firstsight", *ours), spec, source, half)
     if "about" in state and "method" in state:
+        refuse_damaged(path)
         return _only(whole("firstsight", *_from_parts(state, spec)), spec, source, half)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what is missing is untrained, always the same

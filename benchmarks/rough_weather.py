@@ -1,0 +1,183 @@
+"""Runs that are killed at random moments, run for long, and watched for memory.
+
+    python benchmarks/rough_weather.py kill --times 30
+    python benchmarks/rough_weather.py soak --minutes 3
+    python benchmarks/rough_weather.py memory --steps 100000
+
+kill: `kill -9` at random moments, some of them while a checkpoint is being written, each time gone
+on with; the weights at the end must be those of an unbroken run, bit for bit. soak: two processes
+under torchrun, one of which (or a process of its loader) is killed every now and then; the run must
+end with the right number of steps and a log without a gap. memory: a long run with two processes
+for views, its memory and theirs read on the way; it must stay flat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from firstsight.log import read_log
+
+TINY = [
+    *("--data", "scenes:train@64", "--backbone", "timm:test_resnet", "--size", "32"),
+    *("--batch-size", "8", "--threads", "1", "--precision", "fp32", "--layout", "contiguous"),
+    *("--device", "cpu", "--warmup-epochs", "0", "--log-every", "1", "--loggers", "jsonl"),
+]
+
+
+def command(out: Path, *more: str, method: str = "simclr") -> list[str]:
+    """The command of a small run; flags in `more` win."""
+    run = [sys.executable, "-m", "firstsight", "pretrain", method]
+    return [*run, *TINY, "--out", str(out), *more]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """All networks of a run at its last checkpoint."""
+    state = torch.load(out / "checkpoints" / "last", weights_only=True)
+    return dict(state["method"])
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether two runs ended alike, bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def gaps(out: Path, steps: int) -> list[int]:
+    """Steps that the log of a run should hold and does not, or holds twice."""
+    found = [record["step"] for record in read_log(out / "log.jsonl")]
+    return sorted(set(range(1, steps + 1)) ^ set(found)) + [s for s in found if found.count(s) > 1]
+
+
+def kill_at_random(folder: Path, times: int, seed: int, steps: int = 96) -> int:
+    """How many of `times` kills met a run at work; raises where its end differs."""
+    draw = random.Random(seed)
+    more = ("--workers", "1", "--epochs", str(steps / 8), "--save-every", "2")
+    subprocess.run(command(folder / "whole", *more), check=True, capture_output=True)
+    cut, met, writing = folder / "cut", 0, 0
+    for _ in range(times):
+        reached = len(read_log(cut / "log.jsonl"))
+        process = subprocess.Popen(
+            command(cut, *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        amid = draw.random() < 0.4  # wait for a checkpoint that is being written
+        # at most a share of the steps for each kill, so that all of them meet a run at work
+        further = draw.randrange(max(2, steps // times + 2))
+        while process.poll() is None:
+            moved = (
+                any((cut / "checkpoints").glob(".step-*"))
+                if amid and len(read_log(cut / "log.jsonl")) != reached
+                else not amid and len(read_log(cut / "log.jsonl")) > reached + further
+            )
+            if moved:
+                break
+            time.sleep(0.0005)
+        time.sleep(draw.random() * 0.05)
+        if process.poll() is None:
+            met += 1
+            writing += any((cut / "checkpoints").glob(".step-*"))
+        process.kill()
+        process.wait()
+    subprocess.run(command(cut, *more), check=True, capture_output=True)
+    if not same(weights(folder / "whole"), weights(cut)) or gaps(cut, steps):
+        raise SystemExit(f"the run that was killed {met} times ended otherwise")
+    print(f"killed {met} times, {writing} of them amid a checkpoint; bit-equal, no gap in the log")
+    return met
+
+
+def soak(folder: Path, minutes: float, seed: int, every: float = 40.0) -> int:
+    """How many processes were killed in a run of two, until it ended as it should."""
+    draw, out = random.Random(seed), folder / "soak"
+    steps = 8 * max(1, round(minutes * 60 * 8 / 8))  # some eight a second on two cores
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launch += ["--master-port", str(20_000 + draw.randrange(20_000)), "--max-restarts", "1000"]
+    more = ("--workers", "1", "--epochs", str(steps / 8), "--save-every", "20", "--timeout", "30")
+    process = subprocess.Popen([*launch, *command(out, *more)[1:]], stderr=subprocess.DEVNULL)
+    killed, due = 0, time.monotonic() + every
+    while process.poll() is None:
+        time.sleep(0.5)
+        if time.monotonic() < due:
+            continue
+        victims = []
+        for beat in (out / "watch").glob("rank-*.json"):
+            try:
+                rank = int(json.loads(beat.read_text())["pid"])
+                victims += [rank, *children(rank)]
+            except (ValueError, KeyError, OSError):
+                continue
+        if victims:
+            try:
+                os.kill(draw.choice(victims), signal.SIGKILL)
+                killed += 1
+            except ProcessLookupError:
+                pass
+        due = time.monotonic() + every * (0.5 + draw.random())
+    summary = json.loads((out / "summary.json").read_text())
+    if process.returncode or summary["steps"] != steps or gaps(out, steps):
+        raise SystemExit(f"ended with {summary['steps']} of {steps} steps, gaps {gaps(out, steps)}")
+    print(f"{steps} steps, {killed} processes killed, the log without a gap")
+    return killed
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started, where that is Linux."""
+    try:
+        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def memory(folder: Path, steps: int) -> list[tuple[int, float, float]]:
+    """(step, MiB of the run, MiB of its loader), private, on the way of a long run."""
+    out, seen = folder / "memory", []
+    more = ("--workers", "1", "--epochs", str(steps / 8), "--save-every", "1000")
+    more = (*more, "--log-every", "50", "--batch-size", "8")
+    process = subprocess.Popen(command(out, *more), stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        time.sleep(1)
+        records = read_log(out / "log.jsonl")[-1:]
+        if records and (not seen or records[0]["step"] >= seen[-1][0] + steps / 20):
+            loader = sum(map(private, children(process.pid)))
+            seen.append((records[0]["step"], private(process.pid), loader))
+            print("step {:>7}  run {:7.1f} MiB  loader {:7.1f} MiB".format(*seen[-1]), flush=True)
+    return seen
+
+
+def private(pid: int) -> float:
+    """MiB that a process shares with no other."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+def main() -> None:
+    """Do what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("kill", "soak", "memory"))
+    parser.add_argument("--times", type=int, default=30)
+    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if asked.what == "kill":
+            kill_at_random(Path(folder), asked.times, asked.seed)
+        elif asked.what == "soak":
+            soak(Path(folder), asked.minutes, asked.seed)
+        else:
+            memory(Path(folder), asked.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Whole runs in processes of their own that are killed, asked to stop, or made to hang."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from benchmarks.rough_weather import children, command, gaps, kill_at_random, same, weights
+from firstsight.log import read_log
+from tests.methods.test_all import free_port
+
+pytestmark = pytest.mark.slow
+
+
+def begun(command, log, lines, **more):
+    """A process whose run has written so many lines of its log."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **more)
+    while len(read_log(log)) < lines:
+        time.sleep(0.01)
+        assert process.poll() is None, process.communicate()
+    return process
+
+
+def launched(out, *more, restarts=0):
+    """The command of two ranks under torchrun."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launch += ["--master-port", str(free_port()), "--max-restarts", str(restarts)]
+    return [*launch, *command(out, "--workers", "0", *more)[1:]]
+
+
+def beat(out, rank):
+    return json.loads((out / "watch" / f"rank-{rank:04d}.json").read_text())
+
+
+def test_kill_9_at_random_moments_changes_nothing(tmp_path):
+    """A few moments; `benchmarks/rough_weather.py kill --times 30` for more, or KILLS=30."""
+    assert kill_at_random(tmp_path, int(os.environ.get("KILLS", "3")), seed=time.time_ns()) > 0
+
+
+def test_what_schedulers_send_before_they_kill_leaves_a_checkpoint(tmp_path):
+    """SIGUSR1 to the whole group, workers too; SIGTERM and SIGINT are in test_engine.py."""
+    out, more = tmp_path / "cut", ("--workers", "1", "--epochs", "12")
+    process = begun(command(out, *more), out / "log.jsonl", 10, start_new_session=True)
+    asked = time.monotonic()
+    os.killpg(process.pid, signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopping" in err and "Traceback" not in err, err
+    assert time.monotonic() - asked < 10
+    steps = read_log(out / "log.jsonl")[-1]["step"]
+    assert (out / "checkpoints" / "last").resolve().name == f"step-{steps:08d}.pt"
+    subprocess.run(command(out, *more), check=True, capture_output=True)
+    subprocess.run(command(tmp_path / "whole", *more), check=True, capture_output=True)
+    assert same(weights(out), weights(tmp_path / "whole")) and not gaps(out, 96)
+
+
+def test_a_second_writer_is_refused_and_readers_may_read(tmp_path):
+    more = ("--workers", "0", "--epochs", "40", "--save-every", "5")
+    process = begun(command(tmp_path, *more), tmp_path / "log.jsonl", 12)
+    try:
+        second = subprocess.run(command(tmp_path, *more), capture_output=True, text=True)
+        assert second.returncode == 2 and "being written by another process" in second.stderr
+        read = "import firstsight, sys; print(firstsight.load_backbone(sys.argv[1]).width)"
+        reader = subprocess.run([sys.executable, "-c", read, str(tmp_path)], capture_output=True)
+        assert reader.returncode == 0 and int(reader.stdout) > 0
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+
+
+HUNG = """
+import sys, time
+from firstsight import cli
+from firstsight.sources.scenes import Scenes
+real = Scenes.pixels
+def pixels(self, index):
+    if index == 40:
+        time.sleep(3600)
+    return real(self, index)
+Scenes.pixels = pixels
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_loader_that_hangs_is_named_with_stacks(workers, tmp_path):
+    args = command(tmp_path, "--workers", workers, "--timeout", "3")[3:]
+    done = subprocess.run(
+        [sys.executable, "-c", HUNG, *args], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "the run hangs: it waits for the loader for" in done.stderr
+    stacks = (tmp_path / "watch" / "rank-0000.stacks").read_text()
+    assert "in over" in stacks and "in pixels" in stacks  # the loop, and where its data hangs
+
+
+def test_a_rank_that_is_killed_is_named_and_an_elastic_restart_goes_on(tmp_path):
+    """Without restarts the other rank ends and names it; with them the run ends as if unbroken."""
+    more = ("--epochs", "8", "--save-every", "4", "--timeout", "6")
+    subprocess.run(launched(tmp_path / "whole", *more), check=True, capture_output=True)
+    out = tmp_path / "cut"
+    process = begun(launched(out, *more), out / "log.jsonl", 10)
+    os.kill(beat(out, 1)["pid"], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode
+    assert re.search(r"firstsight: rank 1 of 2 is gone \(it trains, .*at step \d+, process", err), (
+        err
+    )
+    process = begun(launched(out, *more, restarts=2), out / "log.jsonl", 20)
+    os.kill(beat(out, 0)["pid"], signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert not gaps(out, 64)
+    one, other = weights(out), weights(tmp_path / "whole")
+    # statistics of batch-norm are those of rank 0, for both ranks, where a run goes on
+    assert same(*({k: v for k, v in w.items() if "running" not in k} for w in (one, other)))
+
+
+def test_a_rank_that_hangs_is_named_by_the_others(tmp_path):
+    more = ("--epochs", "40", "--timeout", "4")
+    process = begun(launched(tmp_path, *more), tmp_path / "log.jsonl", 10)
+    frozen = beat(tmp_path, 1)["pid"]
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        while "ended" not in beat(tmp_path, 0)["doing"]:
+            time.sleep(0.1)
+    finally:
+        os.kill(frozen, signal.SIGCONT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode and "rank 1 of 2 is gone" in err
+    assert "File" in (tmp_path / "watch" / "rank-0000.stacks").read_text()
+    assert children(process.pid) == []
