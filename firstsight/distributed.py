@@ -7,15 +7,12 @@ sets RANK, WORLD_SIZE and LOCAL_RANK) `start` joins the group, and the same code
 from __future__ import annotations
 
 import datetime
-import inspect
 import os
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from firstsight.errors import UserError
 
@@ -188,26 +185,6 @@ def gather(rows: Tensor) -> Tensor:
 def summed(tensor: Tensor) -> Tensor:
     """The sum over all ranks; the gradient is summed likewise."""
     return tensor if world() == 1 else cast(Tensor, _Sum.apply(tensor))
-
-
-def replica(module: nn.Module) -> nn.Module:
-    """The module as one of W replicas that average their gradients; itself when alone."""
-    if world() == 1:
-        return module
-    # each rank keeps batch-norm statistics of its own: nothing is overwritten from rank 0.
-    # Newer releases of torch have another name for that
-    known = inspect.signature(DistributedDataParallel).parameters
-    keep = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    devices = [_device] if _device.type == "cuda" else None
-    options: dict[str, Any] = {"device_ids": devices, keep: False}
-    return DistributedDataParallel(module, **options)
-
-
-def averaging(model: nn.Module, now: bool) -> AbstractContextManager[None]:
-    """A context for forward and backward of a replica: ranks average gradients `now`, or later."""
-    if now or not isinstance(model, DistributedDataParallel):
-        return nullcontext()
-    return cast("AbstractContextManager[None]", model.no_sync())
 
 
 def same_buffers(module: nn.Module) -> None:

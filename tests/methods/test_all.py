@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from firstsight import distributed, engine, methods, run, update
+from firstsight import distributed, engine, methods, parallel, run, update
 from firstsight.batch import Batch
 from firstsight.errors import UserError
 from firstsight.nets import MomentumEncoder
@@ -104,7 +104,7 @@ def one_rank(rank, world, name, folder, overrides):
 def gradients(name, folder, overrides, rank=0, world=1):
     settings = config(name, Path(folder), **overrides)
     method = methods.build(name, settings, images=48).double()  # no flips of a ReLU by rounding
-    model = distributed.replica(method)
+    model = parallel.replica(method)
     sides = settings.views.sides(settings.size)
     whole = batch_of(8, len(sides), sides)
     share = slice(rank * 8 // world, (rank + 1) * 8 // world)
