@@ -16,6 +16,7 @@ from firstsight import methods, recipes, settings
 from firstsight.cli_convert import convert
 from firstsight.cli_data import data
 from firstsight.cli_judge import diagnose, embed, evaluate
+from firstsight.cli_launch import launch
 from firstsight.cli_localize import localize, masks
 from firstsight.errors import UserError, unknown
 from firstsight.flags import config_file, flagged, parsed, peeked, taken
@@ -118,6 +119,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "data": data,
     "convert": convert,
     "report": report,
+    "launch": launch,
 }
 
 

@@ -1,7 +1,8 @@
 """Every call that concerns other processes. Alone, each of them is the identity.
 
 One device is the normal case: nothing here needs to be started for it. Under torchrun (or what else
-sets RANK, WORLD_SIZE and LOCAL_RANK) `start` joins the group, and the same code runs on W ranks.
+sets RANK, WORLD_SIZE and LOCAL_RANK) or srun `start` joins the group, and the same code runs on W
+ranks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from firstsight import slurm
 from firstsight.errors import UserError
 
 _device = torch.device("cpu")
@@ -25,6 +27,7 @@ def start(device: str, threads: int = 0, patience: float = 1800) -> torch.device
     `threads` is how many the CPU's arithmetic takes; 0: one for each core that this rank has.
     `patience` is for how many seconds ranks wait for each other before they raise.
     """
+    os.environ.update(slurm.variables(os.environ))
     torch.set_num_threads(threads or cores())
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     kind = device if device != "auto" else _best_device()
@@ -33,7 +36,9 @@ def start(device: str, threads: int = 0, patience: float = 1800) -> torch.device
     ):
         raise UserError(f"this machine offers torch no {kind} device; use --device cpu")
     if kind == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # a scheduler may show each process its own device only
+        local = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        torch.cuda.set_device(local)
     if launched and not dist.is_initialized():
         limit = datetime.timedelta(seconds=patience)
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=limit)
@@ -57,6 +62,8 @@ def cores() -> int:
     """CPU cores that this rank may use: an equal share of those of its machine."""
     allowed = getattr(os, "sched_getaffinity", None)  # not on every platform
     here = len(allowed(0)) if allowed is not None else os.cpu_count() or 1
+    if "SLURM_CPUS_PER_TASK" in os.environ and "SLURM_PROCID" in os.environ:  # bound to its own
+        return max(1, min(here, int(os.environ["SLURM_CPUS_PER_TASK"])))
     return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
