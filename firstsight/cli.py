@@ -17,6 +17,7 @@ from firstsight.cli_convert import convert
 from firstsight.cli_data import data
 from firstsight.cli_detect import detect
 from firstsight.cli_judge import diagnose, embed, evaluate
+from firstsight.cli_launch import launch
 from firstsight.cli_localize import localize, masks
 from firstsight.errors import UserError, unknown
 from firstsight.flags import config_file, flagged, parsed, peeked, taken
@@ -120,6 +121,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "data": data,
     "convert": convert,
     "report": report,
+    "launch": launch,
 }
 
 

@@ -1,17 +1,16 @@
 """Every call that concerns other processes. Alone, each of them is the identity.
 
 One device is the normal case: nothing here needs to be started for it. Under torchrun (or what else
-sets RANK, WORLD_SIZE and LOCAL_RANK) `start` joins the group, and the same code runs on W ranks.
+sets RANK, WORLD_SIZE and LOCAL_RANK) or srun `start` joins the group, and the same code runs on W
+ranks.
 """
 
 from __future__ import annotations
 
 import datetime
-import inspect
 import os
 import time
 import uuid
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -19,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
 
+from firstsight import slurm
 from firstsight.errors import UserError
 
 _device = torch.device("cpu")
@@ -32,6 +31,7 @@ def start(device: str, threads: int = 0, patience: float = 1800) -> torch.device
     `threads` is how many the CPU's arithmetic takes; 0: one for each core that this rank has.
     `patience` is for how many seconds ranks wait for each other before they raise.
     """
+    os.environ.update(slurm.variables(os.environ))
     torch.set_num_threads(threads or cores())
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     kind = device if device != "auto" else _best_device()
@@ -40,7 +40,9 @@ def start(device: str, threads: int = 0, patience: float = 1800) -> torch.device
     ):
         raise UserError(f"this machine offers torch no {kind} device; use --device cpu")
     if kind == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # a scheduler may show each process its own device only
+        local = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        torch.cuda.set_device(local)
     if launched and not dist.is_initialized():
         limit = datetime.timedelta(seconds=patience)
         try:
@@ -105,6 +107,8 @@ def cores() -> int:
     """CPU cores that this rank may use: an equal share of those of its machine."""
     allowed = getattr(os, "sched_getaffinity", None)  # not on every platform
     here = len(allowed(0)) if allowed is not None else os.cpu_count() or 1
+    if "SLURM_CPUS_PER_TASK" in os.environ and "SLURM_PROCID" in os.environ:  # bound to its own
+        return max(1, min(here, int(os.environ["SLURM_CPUS_PER_TASK"])))
     return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -233,26 +237,6 @@ def gather(rows: Tensor) -> Tensor:
 def summed(tensor: Tensor) -> Tensor:
     """The sum over all ranks; the gradient is summed likewise."""
     return tensor if world() == 1 else cast(Tensor, _Sum.apply(tensor))
-
-
-def replica(module: nn.Module) -> nn.Module:
-    """The module as one of W replicas that average their gradients; itself when alone."""
-    if world() == 1:
-        return module
-    # each rank keeps batch-norm statistics of its own: nothing is overwritten from rank 0.
-    # Newer releases of torch have another name for that
-    known = inspect.signature(DistributedDataParallel).parameters
-    keep = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    devices = [_device] if _device.type == "cuda" else None
-    options: dict[str, Any] = {"device_ids": devices, keep: False}
-    return DistributedDataParallel(module, **options)
-
-
-def averaging(model: nn.Module, now: bool) -> AbstractContextManager[None]:
-    """A context for forward and backward of a replica: ranks average gradients `now`, or later."""
-    if now or not isinstance(model, DistributedDataParallel):
-        return nullcontext()
-    return cast("AbstractContextManager[None]", model.no_sync())
 
 
 def same_buffers(module: nn.Module) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from firstsight import backbones, distributed, keyed, methods, metrics, optim, update
+from firstsight import backbones, distributed, keyed, methods, metrics, optim, parallel, update
 from firstsight.features import Seen
 from firstsight.guards import (
     note_bad,
@@ -74,7 +74,7 @@ def pretrain(
     state.resume()
     if config.compile:
         backbones.compile_all(method)
-    model = distributed.replica(method)  # DDP over several ranks, the method itself on one
+    model = parallel.spread(method, optimizer, config.parallel)  # the method itself on one rank
     method.train()
 
     main, first = distributed.rank() == 0, state.step
@@ -84,7 +84,7 @@ def pretrain(
     if online:
         online.begin(first, steps)
     if online and first == 0:  # every rank takes its share of a reading
-        readings = online.untrained(method.backbone)
+        readings = online.untrained(state.backbone())
         if log and readings:
             log.write(0, {"epoch": 0.0, **readings})
 
@@ -132,23 +132,24 @@ def pretrain(
                     watch.reads()
                     state.settle()
                 if online and done == steps:
-                    readings, seen = online.fully(method.backbone)
+                    readings, seen = online.fully(state.backbone())
                     figures |= readings
                 elif online and reading:
-                    figures |= online.quickly(method.backbone)
+                    figures |= online.quickly(state.backbone())
                 if log:
                     log.write(done, figures)
                     meter.show(done, told(figures))
             if saving or keeping:
                 refuse_nonfinite_networks(method, step, out)
-            if main and keeping:
+            if keeping:
                 state.snapshot()
-            if main and saving:
+            if saving:
                 state.save()
             if stopping:
                 say("stopping; the same command goes on from there")
                 break
     if log:
         log.close()
+    method.backbone = state.backbone()  # whole again
     distributed.barrier()
     return Trained(method, state.step, steps, seen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +66,17 @@ def only_writer(out: Path) -> Iterator[None]:
                 f"{out} is being written by another process; use another --out"
             ) from None
         yield
+
+
+def require_shared(file: Path) -> None:
+    """Refuse a run folder that is not one and the same on all machines; `file` is in it."""
+    for _ in range(30):  # network file systems show what is new after a while
+        if not distributed.anyone(not file.exists()):
+            return
+        time.sleep(1)
+    raise UserError(
+        f"{file.parent} is not the same folder on all machines; use an --out that they share"
+    )
 
 
 def continued(name: str, config: Pretrain, earlier: Path) -> Pretrain:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from firstsight import distributed
 from firstsight.errors import UserError
 from firstsight.log import say
+from firstsight.parallel import local
 
 
 def note_bad(new: set[str], known: set[str], most: float) -> None:
@@ -45,14 +46,14 @@ def refuse_nonfinite_loss(loss: Tensor, method: nn.Module, step: int, out: Path)
 
 def refuse_nonfinite_networks(method: nn.Module, step: int, out: Path) -> None:
     """Stop the run when an update broke a tensor of any rank, before anything of it is saved."""
-    if distributed.anyone(not all(t.isfinite().all() for t in method.state_dict().values())):
+    if distributed.anyone(not all(local(t).isfinite().all() for t in method.state_dict().values())):
         raise _nonfinite("the update broke the networks", method, step, out)
 
 
 def _nonfinite(what: str, method: nn.Module, step: int, out: Path) -> NonFinite:
     tensors: list[tuple[str, Tensor | None]] = list(method.state_dict().items())
     tensors += [(f"gradient of {name}", p.grad) for name, p in method.named_parameters()]
-    bad = [name for name, t in tensors if t is not None and not t.isfinite().all()]
+    bad = [name for name, t in tensors if t is not None and not local(t).isfinite().all()]
     named = f"{len(bad)} tensors went bad, {', '.join(bad[:3])} first" if bad else "no tensor did"
     last = out / "checkpoints" / "last"
     kept = f"the last good checkpoint is {last.resolve()}" if last.exists() else "none was saved"

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from firstsight.parallel import local
+
 
 def cast_to(precision: str, device: torch.device) -> AbstractContextManager[None]:
     """A context with the arithmetic that `fp32`, `bf16` or `fp16` name, on that device."""
@@ -55,8 +57,8 @@ class MomentumEncoder(nn.Module):
     @torch.no_grad()
     def follow(self, *followed: nn.Module, momentum: float) -> None:
         """Move each parameter: momentum * own + (1 - momentum) * followed."""
-        own: list[Tensor] = list(self.copy.parameters())
-        other: list[Tensor] = [p.detach() for module in followed for p in module.parameters()]
+        own = [local(p) for p in self.copy.parameters()]
+        other = [local(p.detach()) for module in followed for p in module.parameters()]
         torch._foreach_lerp_(own, other, 1 - momentum)
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from firstsight import lars
+from firstsight import lars, parallel
 from firstsight.settings import Pretrain
 
 
@@ -72,13 +72,14 @@ def of(method: nn.Module, config: Pretrain) -> torch.optim.Optimizer:
 
 def clip(parameters: Iterable[nn.Parameter], norm: float, each: float) -> None:
     """Shorten gradients: each longer than `each` to that, then all together to `norm`; 0: not."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    moved = [p for p in parameters if p.grad is not None]
+    gradients: list[Tensor] = [p.grad for p in moved if p.grad is not None]
     if each > 0:
-        lengths = torch._foreach_norm(gradients)
+        lengths = parallel.lengths(moved, gradients)
         shares = [(each / (length + 1e-6)).clamp(max=1) for length in lengths]
         torch._foreach_mul_(gradients, shares)
     if norm > 0:
-        total = torch.stack(torch._foreach_norm(gradients)).norm()
+        total = torch.stack(parallel.lengths(moved, gradients)).norm()
         torch._foreach_mul_(gradients, (norm / (total + 1e-6)).clamp(max=1))
 
 

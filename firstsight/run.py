@@ -67,7 +67,7 @@ def pretrain(name: str, config: Pretrain) -> Path:
             config = _with_masks(config, source, anew=True)
             if distributed.rank() == 0:
                 write_yaml(earlier, {"name": name, **plain(config)})
-        distributed.barrier()
+        folders.require_shared(earlier)
         probe = _probe(config, source)
         summary = out / "summary.json"
         if summary.exists() and _finished(out, config, source):

@@ -209,6 +209,9 @@ class Pretrain:
     for whole batches; the same views but for a level here and there."""
     workers: int = -1
     """Processes that make views, per rank; 0: none, in turn with training; -1: picked by cores."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """On several ranks: whole replicas, or backbones in shards (transformers of timm, with adamw or
+    sgd), for those that do not fit on a device; a run may change from one to the other."""
     dry_run: bool = False
     """Only say what the run would take: steps, memory, hours. Nothing is written."""
 
@@ -237,6 +240,10 @@ class Pretrain:
         for name in ("weight_decay", "warmup_epochs", "clip_norm", "clip_param", *counts):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{flag(name)} must not be below 0: {getattr(self, name)}")
+        if self.parallel == "fsdp" and (self.optimizer == "lars" or self.compile):
+            raise UserError("--parallel fsdp takes --optimizer adamw or sgd, and no --compile")
+        if self.parallel == "fsdp" and self.precision == "fp16":
+            raise UserError("--parallel fsdp knows no --precision fp16; use --precision bf16")
         if self.batch_size < 2:
             raise UserError(f"--batch-size must be 2 or more, not {self.batch_size}")
         if self.weight_decay_end is not None and not (self.weight_decay_end >= 0):
@@ -266,7 +273,7 @@ class Pretrain:
 UNBOUND = (
     *("out", "recipe", "download", "device", "threads", "workers", "max_bad", "dry_run"),
     *("log_every", "loggers", "save_every", "keep", "keep_every"),
-    *("allow_changed_data", "rollbacks", "timeout"),
+    *("allow_changed_data", "rollbacks", "timeout", "parallel"),
 )
 """Settings that may differ when a run goes on: they do not change what is computed."""
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firstsight import checkpoint, distributed, keyed, room
+from firstsight import checkpoint, distributed, keyed, parallel, room
+from firstsight.backbones import Backbone
 from firstsight.errors import UserError
 from firstsight.log import say
 from firstsight.methods.base import Method
@@ -117,15 +118,18 @@ class State:
         self._writer.check()
 
     def save(self) -> None:
-        """Copy all to the host and have it written while training goes on."""
+        """Copy all to the host and have it written while training goes on; on all ranks."""
         values: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "salt": self.salt}
         values |= {"skipped": self.skipped, "bad": sorted(self.bad)}
-        values |= {"method": self.method.state_dict(), "optimizer": self.optimizer.state_dict()}
+        values |= {"method": parallel.gathered(self.method.state_dict())}
+        values |= {"optimizer": parallel.gathered_optimizer(self.optimizer)}
         values |= {"scaler": self.scaler.state_dict()}
         values |= {"source": self._fingerprint, "images": len(self.source)}
         values |= {"probes": self.online.state_dict() if self.online else {}}
         values |= {"about": about(self.method, self.config)}
         values |= {"name": self.name, "settings": plain(self.config)}
+        if distributed.rank() > 0:
+            return
         self._warn_of_little_room(_size(values))
         self._writer.wait()
         copy, config = checkpoint.on_host(values), self.config
@@ -173,12 +177,19 @@ class State:
             say(f"{self.out}: {room.told(left)} left, a checkpoint takes {room.told(size)}")
 
     def snapshot(self) -> None:
-        """Keep the backbone as it is now."""
+        """Keep the backbone as it is now; on all ranks."""
+        backbone = self.backbone()
+        if distributed.rank() > 0:
+            return
         folder = self.out / "snapshots"
         folder.mkdir(exist_ok=True)
         what = {**about(self.method, self.config), "step": self.step}
         path = folder / f"step-{self.step:08d}.safetensors"
-        checkpoint.save_backbone(path, self.method.backbone, what)
+        checkpoint.save_backbone(path, backbone, what)
+
+    def backbone(self) -> Backbone:
+        """The backbone with all its weights on this rank; on all ranks."""
+        return parallel.whole(self.method.backbone, self.config.size)
 
 
 def _size(value: Any) -> int:

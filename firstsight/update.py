@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from firstsight import distributed, optim
+from firstsight import distributed, optim, parallel
 from firstsight.batch import Batch
 from firstsight.loader import LAYOUTS, on_device
 from firstsight.methods.base import Method, Output
@@ -32,7 +32,7 @@ def gradients(
     with Queue.still(model):
         for chunk in chunks:
             share = len(chunk) / len(batch)
-            with distributed.averaging(model, now=chunk is chunks[-1]):
+            with parallel.averaging(model, now=chunk is chunks[-1]):
                 with cast_to(config.precision, device):
                     output: Output = model(on_device(chunk, config.views, device, layout))
                 torch.autograd.backward(scaler.scale(output.loss * share))
@@ -63,7 +63,7 @@ def apply(
         decay = optim.cosine(progress, config.weight_decay, config.weight_decay_end)
         optim.set_decay(optimizer, decay)
     scaler.unscale_(optimizer)
-    optim.clip(method.parameters(), config.clip_norm, config.clip_param)
+    optim.clip(parallel.members(optimizer), config.clip_norm, config.clip_param)
     method.before_step(progress)
     scale = scaler.get_scale()
     scaler.step(optimizer)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from firstsight import backbones, distributed, engine, methods, optim, run, update
+from firstsight import backbones, distributed, engine, methods, optim, parallel, run, update
 from firstsight.errors import UserError
 from firstsight.log import read_log
 from firstsight.state import State
@@ -68,7 +68,7 @@ def _mean_gradients(folder, rank, world, **values):
         index=whole.index[share],
     )
     settings = config("mocov2", folder, **values)
-    update.gradients(distributed.replica(method), part, update.scaler(settings), settings)
+    update.gradients(parallel.replica(method), part, update.scaler(settings), settings)
     return {key: p.grad for key, p in method.named_parameters() if p.grad is not None}
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from firstsight import distributed, keyed
+from firstsight import distributed, keyed, parallel
 from firstsight.backbones import Backbone
 from firstsight.errors import UserError, require_positive, require_share, unknown
 from firstsight.evaluate.linear import crops, prepared, refuse_uneven
@@ -291,7 +291,7 @@ def tuned(
         rank=distributed.rank(),
         world=distributed.world(),
     )
-    model = distributed.replica(_Whole(backbone, heads))
+    model = parallel.replica(_Whole(backbone, heads))
     groups = [
         {"params": [p for p in backbone.parameters() if p.requires_grad], "lr": how.lr},
         {"params": list(heads.parameters()), "lr": how.head_lr},

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from firstsight import distributed, engine, methods, run, update
+from firstsight import distributed, engine, methods, parallel, run, update
 from firstsight.batch import Batch
 from firstsight.errors import UserError
 from firstsight.nets import MomentumEncoder
@@ -104,7 +104,7 @@ def one_rank(rank, world, name, folder, overrides):
 def gradients(name, folder, overrides, rank=0, world=1):
     settings = config(name, Path(folder), **overrides)
     method = methods.build(name, settings, images=48).double()  # no flips of a ReLU by rounding
-    model = distributed.replica(method)
+    model = parallel.replica(method)
     sides = settings.views.sides(settings.size)
     whole = batch_of(8, len(sides), sides)
     share = slice(rank * 8 // world, (rank + 1) * 8 // world)
@@ -123,17 +123,22 @@ def gradients(name, folder, overrides, rank=0, world=1):
     return distributed.mean(loss.detach()), grads, buffers
 
 
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
-def test_two_ranks_are_one_process_on_the_same_batch(name, tmp_path, on_ranks):
-    """Loss, gradients and queues; per-rank batch-norm is emulated by splits of the batch."""
+def test_ranks_are_one_process_on_the_same_batch(name, world, tmp_path, on_ranks):
+    """Loss, gradients and queues; per-rank batch-norm is emulated by splits of the batch.
+
+    Where the mean of a rank is over fewer places than that of another (the last image shows no
+    place twice), the means are weighted by how many there are.
+    """
     _, defaults, own = methods.describe(name)
     splits = hasattr(own, "splits")
     if not splits:
         assert defaults.batch_norm == "global"
-    alone = {"method": {"splits": 2}} if splits else {}
+    alone = {"method": {"splits": world}} if splits else {}
     loss, grads, buffers = gradients(name, str(tmp_path), alone)
-    on_ranks(one_rank, 2, name, str(tmp_path), {})
-    for rank in range(2):
+    on_ranks(one_rank, world, name, str(tmp_path), {}, world=world)
+    for rank in range(world):
         got_loss, got_grads, got_buffers = torch.load(tmp_path / f"rank-{rank}.pt")
         assert got_loss == pytest.approx(loss, rel=1e-10)
         assert got_grads.keys() == grads.keys()
