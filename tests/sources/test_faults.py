@@ -199,7 +199,7 @@ def test_nothing_but_empty_files_is_refused(tmp_path):
     folder.mkdir()
     for number in range(60):
         (folder / f"{number:02}.png").touch()
-    with pytest.raises(UserError, match="50 images in turn cannot be decoded, .*png first"):
+    with pytest.raises(UserError, match=r"50 images in turn cannot be decoded, .*png first"):
         made(open_source(str(folder)))
 
 
