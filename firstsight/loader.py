@@ -11,7 +11,7 @@ import dataclasses
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -55,6 +55,8 @@ class Steps(Dataset[Any]):
     world: int
     views_on: ViewsOn = "worker"
     merger: Merger | None = None
+    by_workers: ClassVar[bool] = True
+    """Whether other processes may make the batches."""
 
     def __getitem__(self, step: int) -> Batch | UserError:
         try:
@@ -176,6 +178,7 @@ class Labelled(Dataset[Any]):
 
 def batches(steps: Steps, first: int, last: int, workers: int) -> Iterator[Batch]:
     """The batches of steps `first` to `last - 1`, made by `workers` processes (0: this one)."""
+    workers = workers if steps.by_workers else 0
     return _raised(_loader(steps, range(first, last), workers))
 
 
@@ -207,7 +210,7 @@ def _loader(dataset: Dataset[Any], sampler: range, workers: int) -> DataLoader[A
         batch_size=None,  # an item is a whole batch already
         num_workers=min(workers, len(sampler)),
         worker_init_fn=_single_thread,
-        pin_memory=False,
+        pin_memory=distributed.device().type == "cuda",  # by a thread, which hands on in order
     )
 
 
