@@ -25,7 +25,7 @@ class Ahead:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.side = torch.cuda.Stream(device)
+        self.side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def over(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """All batches on the device, in order."""
