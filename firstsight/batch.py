@@ -76,6 +76,26 @@ class Batch:
             label=None if self.label is None else self.label.to(device, non_blocking=True),
         )
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors that `to` moves."""
+        label = () if self.label is None else (self.label,)
+        return (*self.views, *self.crops, *self.flips, self.index, *label)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in memory that a CUDA device reads by itself (torch's loader calls it)."""
+
+        def pinned(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(t if t.is_cuda or t.is_pinned() else t.pin_memory() for t in tensors)
+
+        return replace(
+            self,
+            views=pinned(self.views),
+            crops=pinned(self.crops),
+            flips=pinned(self.flips),
+            index=pinned((self.index,))[0],
+            label=None if self.label is None else pinned((self.label,))[0],
+        )
+
     def chunks(self, count: int) -> list[Batch]:
         """The batch in `count` parts of neighbours that differ by one image at most."""
 

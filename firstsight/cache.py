@@ -74,7 +74,7 @@ def held(source: Source, cache: Cache) -> Iterator[Source]:
     if cache == "none":
         yield source
     elif not isinstance(source, Encoded):
-        say(f"--cache {cache} holds files, and {source.spec} has none: it is in memory already")
+        say(f"--cache {cache} holds files; {source.spec} has none: its pixels are at hand already")
         yield source
     else:
         cached = _filled(source, cache)

@@ -10,7 +10,17 @@ from typing import NamedTuple
 
 import torch
 
-from firstsight import backbones, distributed, keyed, methods, metrics, optim, parallel, update
+from firstsight import (
+    backbones,
+    distributed,
+    keyed,
+    methods,
+    metrics,
+    optim,
+    parallel,
+    prefetch,
+    update,
+)
 from firstsight.features import Seen
 from firstsight.guards import (
     note_bad,
@@ -80,7 +90,7 @@ def pretrain(
     main, first = distributed.rank() == 0, state.step
     log = Log(out, first, config.loggers, plain(config)) if main else None
     maker = maker_of(config, source, order, device, state.seed)
-    stream = batches(maker, first, steps, 0 if config.resident else config.workers)
+    stream = prefetch.ahead(batches(maker, first, steps, config.workers), device)
     if online:
         online.begin(first, steps)
     if online and first == 0:  # every rank takes its share of a reading

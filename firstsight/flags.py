@@ -84,15 +84,18 @@ def _dotted(arg: str) -> str:
 
 
 def _switched(args: list[str], options: Any) -> list[str]:
-    """Switches told True or False: `--dry-run` alone is on, yes, no, t, f, 1, 0 are understood."""
+    """Switches told True or False: `--dry-run` alone is on, yes, no, t, f, 1, 0 are understood.
+
+    Some take `auto` too.
+    """
     switches = {flag for flag, value in _options(options, "--") if isinstance(value, bool)}
     spelt: list[str] = []
     waiting = False
     for arg in [*args, ""]:
         told = settings.truth(arg)
         if waiting:
-            spelt.append(str(told is not False))
-        if not waiting or told is None:
+            spelt.append(arg if arg == "auto" else str(told is not False))
+        if not waiting or (told is None and arg != "auto"):
             name, equals, value = arg.partition("=")
             is_switch = name.replace("_", "-") in switches
             told = settings.truth(value) if is_switch and equals else None

@@ -122,6 +122,7 @@ def _compared(config: Pretrain, earlier: Path) -> tuple[Pretrain, _Differing]:
         config,
         precision=old.precision if config.precision == "auto" else config.precision,
         layout=old.layout if config.layout == "auto" else config.layout,
+        resident=old.resident if config.resident == "auto" else config.resident,
         warmup_epochs=old.warmup_epochs if config.epochs > old.epochs else config.warmup_epochs,
         views=dataclasses.replace(
             config.views,

@@ -11,7 +11,7 @@ import dataclasses
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -57,6 +57,8 @@ class Steps(Dataset[Any]):
     world: int
     views_on: ViewsOn = "worker"
     merger: Merger | None = None
+    by_workers: ClassVar[bool] = True
+    """Whether other processes may make the batches."""
 
     def __getitem__(self, step: int) -> Batch | UserError:
         try:
@@ -182,6 +184,7 @@ def batches(steps: Steps, first: int, last: int, workers: int) -> Iterator[Batch
     A worker that is killed is replaced, since a batch depends on its step alone; after `_LIVES` of
     them `UserError` is raised.
     """
+    workers = workers if steps.by_workers else 0
     for left in reversed(range(_LIVES)):
         try:
             for batch in _raised(_loader(steps, range(first, last), workers)):
@@ -227,7 +230,7 @@ def _loader(dataset: Dataset[Any], sampler: range, workers: int) -> DataLoader[A
         batch_size=None,  # an item is a whole batch already
         num_workers=min(workers, len(sampler)),
         worker_init_fn=_single_thread,
-        pin_memory=False,
+        pin_memory=distributed.device().type == "cuda",  # by a thread, which hands on in order
     )
 
 

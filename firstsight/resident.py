@@ -1,13 +1,17 @@
 """`--resident`: all images of a source as uint8 on the training device, cut into views there.
 
-Nothing is left for workers to do: what is drawn is a few numbers for each image, and whole batches
-are cropped, resized and coloured at once (`views.batched`).
+On a GPU nothing is left for workers to do: what is drawn is a few numbers for each image, and whole
+batches are cropped, resized and coloured at once (`views.batched`). On a CPU workers share the
+memory and make the very views that they make without it: one image at a time is faster there.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,13 +22,18 @@ from firstsight import distributed
 from firstsight.batch import Batch
 from firstsight.errors import UserError
 from firstsight.loader import Steps, colours_of, rescaled
-from firstsight.log import Meter
+from firstsight.log import Meter, say
 from firstsight.merging import merger_of
 from firstsight.settings import Pretrain
 from firstsight.sources.base import Pixels, Source, UnreadableImage, readable
 from firstsight.views.batched import crop_resize
 from firstsight.views.draw import draw
 from firstsight.windows import Order
+
+_SHARE = 3
+"""`--resident auto` takes at most one part in so many of the free memory."""
+_SAMPLE = 64
+"""Images from whose sizes `--resident auto` guesses those of all."""
 
 
 class Resident(Source):
@@ -108,6 +117,7 @@ class ResidentSteps(Steps):
     """Step -> its batch, cut out on the device where the source lies; for the main process only."""
 
     source: Resident
+    by_workers: ClassVar[bool] = False
 
     def batch(self, step: int) -> Batch:
         """The batch of one step, uint8 on the device, colours still to come."""
@@ -144,7 +154,8 @@ def maker_of(
 
     `seed` is that of views; the order has its own.
     """
-    kind: type[Steps] = ResidentSteps if config.resident else Steps
+    there = config.resident and device.type != "cpu"
+    kind: type[Steps] = ResidentSteps if there else Steps
     held = Resident(source, device) if config.resident else source
     return kind(
         source=held,
@@ -159,10 +170,34 @@ def maker_of(
     )
 
 
+def settled(config: Pretrain, source: Source) -> Pretrain:
+    """`config` with `--resident auto` decided by the first rank, and said; else as it is."""
+    if config.resident != "auto":
+        return config
+    device = distributed.device()
+    bytes_, room = _guessed(source), _free(device) // _SHARE
+    fits = distributed.share(bytes_ <= room)
+    sizes = f"about {bytes_ / 2**30:.2g} GiB of pixels, {room / 2**30:.2g} GiB of {device} for them"
+    if fits and (config.views.hide or config.views.merge.probability > 0):
+        fits, sizes = False, "workers hide and merge"
+    say(f"--resident auto: {'held in memory' if fits else 'not held'} ({sizes})")
+    return dataclasses.replace(config, resident=fits)
+
+
+def _guessed(source: Source) -> int:
+    """Bytes of all pixels, from some images over the whole of the source."""
+    found = []
+    for index in np.linspace(0, len(source) - 1, min(len(source), _SAMPLE)).astype(int).tolist():
+        with contextlib.suppress(UnreadableImage):
+            found.append(source.pixels(index).nbytes)
+    return round(sum(found) / max(1, len(found)) * len(source))
+
+
 def _free(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return free // distributed.local_world()  # each rank holds its own
     except (AttributeError, ValueError, OSError):  # not told on this platform
         return 8 << 30

@@ -19,6 +19,7 @@ from firstsight import (
     methods,
     pictures,
     precision,
+    resident,
     state,
     trial,
 )
@@ -61,7 +62,7 @@ def pretrain(name: str, config: Pretrain) -> Path:
                     f"{out} holds checkpoints of a run whose config.yaml is gone; use another --out"
                 )
             (out / "log.jsonl").unlink(missing_ok=True)  # of a run that saved nothing
-            config = _picked(name, config)
+            config = resident.settled(_picked(name, config), source)
             if distributed.rank() == 0:
                 methods.build(name, config, len(source))  # refuses what does not fit together
             config = _with_masks(config, source, anew=True)
@@ -99,7 +100,7 @@ def pretrain(name: str, config: Pretrain) -> Path:
 def dry_run(name: str, config: Pretrain) -> dict[str, Any]:
     """What the run would take, from a trial of some steps; nothing is written."""
     config, source = _opened(config)
-    config = _picked(name, config)
+    config = resident.settled(_picked(name, config), source)
     methods.build(name, config, len(source))
     try:
         return trial.dry_run(name, config, source)

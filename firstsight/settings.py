@@ -202,8 +202,8 @@ class Pretrain:
     cache: Literal["none", "shared", "part"] = "none"
     """Files of images in memory: none; all of them, shared by the ranks of a machine; on each of
     several machines only its part, which it trains on alone (another order of images)."""
-    resident: bool = False
-    """Hold all images as pixels on the training device and make views there, without workers."""
+    resident: Literal[False, True, "auto"] = False
+    """Hold all images as pixels on the training device; auto: where a third of its memory does."""
     views_on: Literal["worker", "device"] = "worker"
     """Who flips, colours and blurs views: the processes that cut them out, or the training device,
     for whole batches; the same views but for a level here and there."""
@@ -227,9 +227,9 @@ class Pretrain:
                 f"--window-stride must be from 1 to the {self.window_size} of --window-size, "
                 f"not {self.window_stride}"
             )
-        if self.views.hide and (self.resident or self.views_on == "device"):
+        if self.views.hide and (self.resident is True or self.views_on == "device"):
             raise UserError("--views.hide is done by workers; use --views-on worker, no --resident")
-        if self.views.merge.probability > 0 and self.resident:
+        if self.views.merge.probability > 0 and self.resident is True:
             raise UserError("--views.merge is done by workers; leave out --resident")
         require_positive("--", self, "base_lr", "probe_k", "probe_temperature", "probe_images")
         require_positive("--", self, "probe_every")

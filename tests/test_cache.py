@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pytest
 
-from firstsight import cache, distributed, folders, run
+from firstsight import cache, data, distributed, folders, run
 from firstsight.errors import UserError
 from firstsight.loader import Steps, batches
 from firstsight.log import read_log
@@ -84,11 +84,13 @@ def test_what_would_not_fit_is_refused_in_one_sentence(photos, monkeypatch):
     assert left_behind() == []
 
 
-def test_sources_in_memory_are_left_as_they_are(capsys):
-    source = open_source("scenes:train@4")
-    with cache.held(source, "shared") as held:
-        assert held is source
-    assert "in memory already" in capsys.readouterr().err
+def test_sources_without_files_are_left_as_they_are(photos, tmp_path, capsys):
+    data.pack(str(photos), out=str(tmp_path / "x.pack"))
+    for spec in ("scenes:train@4", str(tmp_path / "x.pack")):
+        source = open_source(spec)
+        with cache.held(source, "shared") as held:
+            assert held is source
+        assert f"{spec} has none: its pixels are at hand already" in capsys.readouterr().err
 
 
 def test_nothing_is_left_after_a_crash(photos):

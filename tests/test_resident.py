@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from firstsight import engine, resident
+from firstsight import engine, flags, folders, resident
 from firstsight.errors import UserError
 from firstsight.loader import Steps, on_device
 from firstsight.log import read_log
 from firstsight.order import Epochs
 from firstsight.resident import Resident, ResidentSteps
+from firstsight.settings import Pretrain, plain, write_yaml
 from firstsight.sources.base import Source, UnreadableImage
 from firstsight.views import PRESETS
 from tests import tiny
@@ -82,8 +83,64 @@ def losses(out, **values):
 def test_a_run_trains_alike_wherever_its_views_are_made(tmp_path):
     usual = losses(tmp_path / "a")
     assert len(usual) == 3
-    for name, values in (("b", {"views_on": "device"}), ("c", {"resident": True})):
-        other = losses(tmp_path / name, **values)
-        assert other[0] == pytest.approx(usual[0], rel=0.01)  # before weights drift apart
-        assert other == pytest.approx(usual, rel=0.05)
+    other = losses(tmp_path / "b", views_on="device")
+    assert other[0] == pytest.approx(usual[0], rel=0.01)  # before weights drift apart
+    assert other == pytest.approx(usual, rel=0.05)
+    assert losses(tmp_path / "c", resident=True) == usual  # on a CPU: the very same views
     assert losses(tmp_path / "d", resident=True, seed=1)[0] != pytest.approx(usual[0], rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_run_is_cut_out_where_it_is_held(tmp_path, monkeypatch, kind):
+    """Workers share the memory of a CPU; the copy on another device is for the main process."""
+    monkeypatch.setattr(resident, "Resident", lambda source, device: Resident(source, CPU))
+    source = Pictures([(32, 32)])
+    settings = tiny.config("simclr", tmp_path, resident=True)
+    maker = resident.maker_of(settings, source, Epochs(10, 10, 0), torch.device(kind))
+    assert isinstance(maker, ResidentSteps) == (not maker.by_workers) == (kind == "cuda")
+    assert maker.batch(0).views[0].shape == (10, 3, 32, 32)
+    plain = tiny.config("simclr", tmp_path)
+    assert resident.maker_of(plain, source, Epochs(10, 10, 0), CPU).source is source
+
+
+@pytest.mark.parametrize(
+    ("free", "values", "fits"),
+    [
+        (3 * 30_720, {}, True),  # ten images of 32 x 32 x 3 bytes are just a third
+        (3 * 30_719, {}, False),
+        (1 << 30, {"views": {"hide": 0.5}}, False),
+    ],
+)
+def test_auto_holds_what_a_third_of_the_memory_does(
+    tmp_path, monkeypatch, capsys, free, values, fits
+):
+    monkeypatch.setattr(resident, "_free", lambda device: free)
+    settings = tiny.config("simclr", tmp_path, resident="auto", **values)
+    assert resident.settled(settings, Pictures([(32, 32)], bad=(3,))).resident is fits
+    assert ("held in memory" if fits else "not held") in capsys.readouterr().err
+    for chosen in (True, False):
+        settings = tiny.config("simclr", tmp_path, resident=chosen)
+        assert resident.settled(settings, Pictures([(32, 32)])) is settings
+
+
+def test_what_auto_took_stays_when_the_run_goes_on(tmp_path):
+    begun = tiny.config("simclr", tmp_path, resident=True)
+    write_yaml(tmp_path / "config.yaml", {"name": "simclr", **plain(begun)})
+    again = tiny.config("simclr", tmp_path, resident="auto")
+    assert folders.continued("simclr", again, tmp_path / "config.yaml").resident is True
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ([], False),
+        (["--resident"], True),
+        (["--resident", "no"], False),
+        (["--resident", "auto"], "auto"),
+        (["--resident=auto"], "auto"),
+        (["--resident", "--size", "32"], True),
+    ],
+)
+def test_the_flag(tmp_path, typed, expected):
+    start = tiny.config("simclr", tmp_path)
+    assert flags.flagged(Pretrain, typed, "pretrain simclr", "", start).resident == expected

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from firstsight import checkpoint, distributed, folders, keyed, optim, trial
+from firstsight import checkpoint, distributed, folders, keyed, optim, parallel, trial
 from firstsight.detect import models
 from firstsight.detect.annotations import AnnotatedImages
 from firstsight.detect.inputs import Batch, Steps, order_of, to_device, worth_training
@@ -241,7 +241,7 @@ def trained(
     run = started(config, images, out)
     detector, first = run.detector, run.step
     main = distributed.rank() == 0
-    model = distributed.replica(detector)  # DDP over several ranks, the detector itself on one
+    model = parallel.replica(detector)  # DDP over several ranks, the detector itself on one
     model.train()
     chosen = worth_training(images, config.keep_empty)
     shows = Steps(

@@ -1,7 +1,14 @@
-"""`hf:NAME:SPLIT`: a map-style image set of the Hugging Face hub, by its own package."""
+"""`hf:NAME:SPLIT`: a map-style image set of the Hugging Face hub, by its own package.
+
+NAME may also be a folder here: of images or Parquet files as the package reads them, or one that
+its `save_to_disk` wrote.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -36,6 +43,8 @@ class Hub(Encoded):
             self.labels = np.asarray(self._rows[labels[0]][:], np.int64)
             if self.labels.min(initial=0) < 0:  # -1 stands for: not labelled
                 self.classes, self.labels = (), None
+        # Alone, so that no other column of images is decoded on the way.
+        self._rows = self._rows.select_columns([self._column])
         self._rows = self._rows.cast_column(self._column, _image_kind())
 
     def __len__(self) -> int:
@@ -84,9 +93,30 @@ def _loaded(spec: str, local: bool) -> Any:
     if not name or not split:
         raise UserError(f"{spec!r} names no split; a set is hf:NAME:SPLIT, as hf:cifar10:train")
     try:
-        config = datasets.DownloadConfig(local_files_only=local)
-        return datasets.load_dataset(name, split=split, download_config=config)
+        if os.path.exists(os.path.join(name, "state.json")):  # as save_to_disk writes one split
+            rows = datasets.load_from_disk(name)
+            if str(rows.split or split) == split:
+                return rows
+            raise ValueError(f"it is the split {rows.split}")
+        with _offline(datasets) if local else contextlib.nullcontext():
+            return datasets.load_dataset(name, split=split)
     except Exception as error:  # of the package, of its file systems, of the network
         reason = (str(error) or type(error).__name__).splitlines()[0]
         advice = "add --download, or look at its name and split" if local else "try again"
         raise UserError(f"{spec} cannot be loaded ({reason}); {advice}") from error
+
+
+@contextlib.contextmanager
+def _offline(datasets: Any) -> Iterator[None]:
+    """Nothing is asked of the network: told to use local files only, the package asks anyway.
+
+    Its variable HF_HUB_OFFLINE is read when it is imported, so the switches are turned themselves.
+    """
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before

@@ -162,6 +162,13 @@ def _parquet(spec: str) -> Iterator[_Row]:
         table = parquet.ParquetFile(spec)
         names = list(table.schema_arrow.names)
         path_at, label_at = _columns(spec, names)
+        kind = str(table.schema_arrow.field(path_at).type)
+        if kind.startswith(("struct", "binary", "large_binary")):
+            folder = os.path.dirname(os.path.abspath(spec))
+            raise UserError(
+                f"the column {names[path_at]} of {spec!r} holds images, not their paths; use "
+                f"hf:{folder}:train, which needs pip install 'firstsight[datasets]'"
+            )
         chosen = [names[at] for at in (path_at, label_at) if at >= 0]
         columns = table.read(columns=chosen).to_pydict()
     except UserError:

@@ -59,6 +59,8 @@ class Zip(Encoded):
                 f"no images in {self.path!r} (looked for {', '.join(EXTENSIONS)}); "
                 "point --data at an archive that holds some"
             )
+        if len(row_of) < len(members):
+            _refuse_twice(self.path, members, self._names)
         # Plain numbers instead of objects: a million of these is what workers are sent.
         self._entries = table[[row_of[name] for name in self._names]]
         if not self._entries[:, SIZE].any():
@@ -120,6 +122,18 @@ def unreadable_kind(path: str, name: str, method: int, flags: int) -> UserError 
             "0 (store) and 8 (deflate); repack it with zip -0 and point --data at that"
         )
     return None
+
+
+def _refuse_twice(path: str, members: list[str], images: list[str]) -> None:
+    """Two files of one name are two answers to which image that is."""
+    wanted, first = set(images), dict[str, int]()
+    for entry, name in enumerate(members, start=1):
+        if name in wanted and name in first:
+            raise UserError(
+                f"{name!r} is in {path!r} twice, as entries {first[name]} and {entry}; make the "
+                "archive again, with one image of a name"
+            )
+        first[name] = entry
 
 
 def map_of(archive: str) -> Path:

@@ -1,6 +1,7 @@
 """A packed file gives the pictures of its source, is whole or is not there, and goes on."""
 
 import errno
+import sys
 
 import numpy as np
 import pytest
@@ -107,6 +108,29 @@ def test_a_full_disk_leaves_no_pack_and_the_next_call_goes_on(photos, tmp_path, 
     result = data.pack(str(photos), out=str(target))
     assert 0 < result["resumed"] < 6 and not part.exists()
     assert target.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files there")
+@pytest.mark.parametrize("room", [10, 30_000, -20])
+def test_a_disk_that_fills_at_any_place(photos, tmp_path, room):
+    """The kernel itself refuses to write on: in the head, among the images, in the last bytes."""
+    import resource
+
+    data.pack(str(photos), out=str(tmp_path / "whole.pack"))
+    whole = (tmp_path / "whole.pack").read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room % len(whole), before[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*a\.pack \(.*make room"):
+            data.pack(str(photos), out=str(tmp_path / "a.pack"), workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "a.pack").exists()
+    with pytest.raises(UserError, match="not a whole packed file"):
+        Packed(tmp_path / ".a.pack.part")
+    resumed = data.pack(str(photos), out=str(tmp_path / "a.pack"))["resumed"]
+    assert resumed > 0 or room == 10
+    assert (tmp_path / "a.pack").read_bytes() == whole
 
 
 @pytest.mark.parametrize("cut", [1, 100, 5_000, 20_000, 60_000])

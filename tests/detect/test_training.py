@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from firstsight import checkpoint, cli, distributed, load_backbone
+from firstsight import checkpoint, cli, distributed, load_backbone, parallel
 from firstsight.detect import comparing, inputs, judging, models, training
 from firstsight.detect.figures import figures
 from firstsight.detect.masks import decode
@@ -201,7 +201,7 @@ def _gradients(rank, world):
         rank=rank,
         world=world,
     )
-    model = distributed.replica(detector.train())
+    model = parallel.replica(detector.train())
     training.gradients(model, shows[0], values, 0)
     return [p.grad.numpy() for p in detector.parameters() if p.requires_grad]
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import struct
+import time
 import tracemalloc
 import zipfile
 import zlib
@@ -32,6 +33,22 @@ def photos(tmp_path):
         picture = Image.fromarray(noise(24, 30, number))
         (folder / f"{number:02}.png").write_bytes(encoded(picture, "PNG"))
     return folder
+
+
+def zeros(path, count):
+    """An archive of `count` images of no bytes; zipfile would write at a million for long."""
+    local, entries = bytearray(), bytearray()
+    for number in range(count):
+        name = b"%07d.png" % number
+        entries += b"PK\1\2" + struct.pack("<6H3L5H2L", 20, 20, 0, 0, 0, 33, 0, 0, 0, len(name),
+                                            0, 0, 0, 0, 0, len(local)) + name  # fmt: skip
+        local += b"PK\3\4" + struct.pack("<5H3L2H", 20, 0, 0, 0, 33, 0, 0, 0, len(name), 0) + name
+    at, size = len(local), len(entries)
+    end = b"PK\6\6" + struct.pack("<Q2H2L4Q", 44, 45, 45, 0, 0, count, count, size, at)
+    end += b"PK\6\7" + struct.pack("<LQL", 0, at + size, 1)
+    end += b"PK\5\6" + struct.pack("<4H2LH", 0, 0, *[min(count, 0xFFFF)] * 2, size, at, 0)
+    path.write_bytes(local + entries + end)
+    return path
 
 
 def made(source, workers=0, first=0):
@@ -86,13 +103,43 @@ def test_a_run_names_and_counts_them(photos, tmp_path, capfd):
         run.pretrain("simclr", config("simclr", tmp_path / "no", data=str(photos), epochs=4.0))
 
 
+def huge(kind):
+    """A whole small file of this kind whose header is then made to declare 60,000 x 60,000."""
+    if kind == "PNG":
+        return huge_png()
+    data = bytearray(encoded(Image.fromarray(noise(16, 24)), kind))
+    if kind == "JPEG":
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = struct.pack(">HH", 60_000, 60_000)
+    elif kind == "BMP":
+        data[18:26] = struct.pack("<LL", 60_000, 60_000)
+    elif kind == "GIF":  # the screen, and the picture on it
+        data[6:10] = struct.pack("<HH", 60_000, 60_000)
+        at = data.index(b"\x2c\0\0\0\0") + 5
+        data[at : at + 4] = struct.pack("<HH", 60_000, 60_000)
+    else:  # TIFF: the values of its tags 256 and 257
+        for tag in (256, 257):
+            at = data.index(struct.pack("<HH", tag, 4)) + 8
+            data[at : at + 4] = struct.pack("<L", 60_000)
+    return bytes(data)
+
+
 @pytest.mark.parametrize("wrap", [lambda b: b, lambda b: b + bytes(1 << 20)])
-def test_a_picture_of_60000_pixels_a_side_takes_no_memory(wrap):
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF", "TIFF"])
+def test_a_picture_of_60000_pixels_a_side_takes_no_memory(kind, wrap):
     tracemalloc.start()
     with pytest.raises(UnreadableImage, match=r"60000 x 60000 pixels|3600000000 pixels"):
-        decode(wrap(huge_png()))
+        decode(wrap(huge(kind)))
     assert tracemalloc.get_traced_memory()[1] < 8 << 20
     tracemalloc.stop()
+
+
+def test_commands_pass_a_huge_picture_over_by_name(photos, tmp_path):
+    (photos / "huge.jpg").write_bytes(huge("JPEG"))
+    told = data.info(str(photos))
+    assert "huge.jpg" in str(told["unreadable"]) and "60000 x 60000" in str(told["unreadable"])
+    assert data.pack(str(photos), out=str(tmp_path / "x.pack"))["skipped"] == ["huge.jpg"]
+    assert len(open_source(str(tmp_path / "x.pack"))) == 16
 
 
 def test_a_folder_that_cannot_be_read_is_refused(photos, monkeypatch):
@@ -136,6 +183,26 @@ def test_an_archive_that_is_replaced_by_name_is_read_as_it_was_where_it_is_open(
         made(pickle.loads(pickle.dumps(source)))
 
 
+@pytest.mark.parametrize("count", [3000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_an_archive_of_nothing_but_empty_images_is_refused(tmp_path, count):
+    archive = zeros(tmp_path / "x.zip", count)
+    began = time.process_time()
+    with pytest.raises(UserError, match=rf"all {count} images in '.*' have zero bytes"):
+        open_source(str(archive))
+    assert time.process_time() - began < 20
+    if count == 3000:
+        assert len(data.verify(str(archive))["problems"]) == count
+
+
+def test_nothing_but_empty_files_is_refused(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number:02}.png").touch()
+    with pytest.raises(UserError, match=r"50 images in turn cannot be decoded, .*png first"):
+        made(open_source(str(folder)))
+
+
 def test_links_that_lead_in_circles_end(photos):
     (photos / "up").symlink_to(photos)
     (photos / "self").symlink_to(photos / "self")
@@ -159,8 +226,9 @@ def test_names_in_any_encoding_can_be_printed_and_logged(tmp_path, capsys):
     cli.main(["data", "zip", str(folder), "--out", str(tmp_path / "x.zip")])
     cli.main(["data", "subset", str(folder), "--out", str(tmp_path / "s"), "--images", "2"])
     cli.main(["data", "views", str(folder), "--out", str(tmp_path / "v"), "--size", "16"])
+    cli.main(["data", "pack", str(folder), "--out", str(tmp_path / "x.pack")])
     assert json.loads((tmp_path / "r.json").read_text())["labels"] == {"a": 1, "b\\xe9": 1}
-    for made_of in ("x.zip", "s", "v"):
+    for made_of in ("x.zip", "s", "v", "x.pack"):
         source = open_source(str(tmp_path / made_of))
         assert {int(source.pixels(i)[0, 0, 0]) for i in range(2)} <= {0, 1}
         assert np.unique(source.labels).tolist() == [0, 1]

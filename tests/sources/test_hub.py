@@ -1,5 +1,7 @@
-"""`hf:NAME:SPLIT`, by a stand-in with the calls of `datasets` that are made."""
+"""`hf:NAME:SPLIT`: by `datasets` itself (slow), and by a stand-in with the calls that are made."""
 
+import pickle
+import socket
 import sys
 import types
 
@@ -34,6 +36,9 @@ class Rows:
         assert not self.features["picture"].decode, "decoded by the package"
         return {name: column[key] for name, column in self.columns.items()}
 
+    def select_columns(self, names):
+        return Rows(self.features, {name: self.columns[name] for name in names})
+
     def cast_column(self, name, kind):
         return Rows({**self.features, name: kind}, self.columns)
 
@@ -51,20 +56,18 @@ def hub(monkeypatch, tmp_path):
     here = {("me/pets", "train"): Rows(features, columns)}
     elsewhere = {("me/far", "test"): Rows(features, columns)}
 
-    def load_dataset(name, split, download_config):
-        if not download_config.local_files_only:
+    switches = types.SimpleNamespace(HF_HUB_OFFLINE=False)
+
+    def load_dataset(name, split):
+        if not switches.HF_HUB_OFFLINE:
             here.update(elsewhere)
         if (name, split) not in here:
             raise ConnectionError(f"Couldn't reach {name}\nmore lines")
         return here[name, split]
 
-    module = types.SimpleNamespace(
-        Image=Image,
-        load_dataset=load_dataset,
-        DownloadConfig=lambda local_files_only: types.SimpleNamespace(
-            local_files_only=local_files_only
-        ),
-    )
+    module = types.SimpleNamespace(Image=Image, load_dataset=load_dataset, config=switches)
+    hub = types.SimpleNamespace(constants=types.SimpleNamespace(HF_HUB_OFFLINE=False))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.setitem(sys.modules, "datasets", module)
     return columns
 
@@ -102,3 +105,62 @@ def test_what_is_missing_is_said(hub, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"firstsight\[datasets\]"):
         open_source("hf:me/pets:train")
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """The package itself, with a set of two images in each form that it reads from a folder."""
+    datasets = pytest.importorskip("datasets", reason="pip install 'firstsight[datasets]'")
+    folder = tmp_path_factory.mktemp("sets")
+    for number, name in enumerate(["train/cat/1.png", "train/dog/2.png"]):
+        (folder / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "files" / name).write_bytes(png(number))
+    kinds = datasets.Features(
+        {
+            "mask": datasets.Value("string"),
+            "image": datasets.Image(),
+            "other": datasets.Image(),
+            "label": datasets.ClassLabel(names=["cat", "dog"]),
+        }
+    )
+    files = [str(folder / "files" / name) for name in ("train/dog/2.png", "train/cat/1.png")]
+    columns = {"mask": ["a", "b"], "image": files, "other": files[::-1], "label": [1, 0]}
+    rows = datasets.Dataset.from_dict(columns, features=kinds, split="train")
+    (folder / "parquet").mkdir()
+    rows.to_parquet(folder / "parquet" / "train.parquet")
+    rows.save_to_disk(folder / "saved")
+    datasets.DatasetDict({"train": rows}).save_to_disk(folder / "splits")
+    return datasets, folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "greys"),
+    [("files", [0, 1]), ("parquet", [1, 0]), ("saved", [1, 0]), ("splits", [1, 0])],
+)
+def test_sets_of_the_package_itself(real, form, greys, monkeypatch, tmp_path):
+    datasets, folder = real
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    source = open_source(f"hf:{folder / form}:train")
+    assert [int(source.pixels(i)[0, 0, 0]) for i in range(2)] == greys
+    assert source.classes == ("cat", "dog") and source.labels.tolist() == greys
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.fingerprint() == source.fingerprint() and copy.pixels(0)[0, 0, 0] == greys[0]
+    with pytest.raises(UserError, match=rf"hf:.*{form}:test cannot be loaded"):
+        open_source(f"hf:{folder / form}:test")
+
+
+@pytest.mark.slow
+def test_the_package_itself_asks_nobody_unasked(real, monkeypatch, tmp_path):
+    datasets, _ = real
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    asked = []
+
+    def ask(*where, **_):
+        asked.append(where)
+        raise socket.gaierror("no network in tests")
+
+    monkeypatch.setattr(socket, "getaddrinfo", ask)
+    with pytest.raises(UserError, match=r"hf:me/pets:train cannot be loaded .*; add --download"):
+        open_source("hf:me/pets:train")
+    assert asked == [] and not datasets.config.HF_HUB_OFFLINE

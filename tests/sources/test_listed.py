@@ -2,8 +2,6 @@
 
 import pickle
 import sys
-import types
-from pathlib import Path
 
 import pytest
 
@@ -104,33 +102,52 @@ def test_parquet_without_its_package_names_the_extra(folder, monkeypatch):
         open_source(str(write(folder, "list.parquet", b"PAR1")))
 
 
-def test_parquet(folder, monkeypatch):
-    """By a stand-in with the calls of pyarrow that are made, or by pyarrow itself."""
-    written = {"n": [1, 2], "file_name": ["images/b c.png", "images/a.png"], "label": [7, 3]}
-    file = folder / "list.parquet"
-    try:
-        import pyarrow
-        from pyarrow import parquet
+@pytest.fixture
+def table(folder):
+    """Columns to a Parquet file, by pyarrow itself."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pip install 'firstsight[parquet]'")
+    parquet = pytest.importorskip("pyarrow.parquet")
 
-        parquet.write_table(pyarrow.table(written), file)
-    except ImportError:
-        file.write_bytes(b"PAR1")
+    def written(**columns):
+        parquet.write_table(pyarrow.table(columns), folder / "list.parquet")
+        return str(folder / "list.parquet")
 
-        class ParquetFile:
-            def __init__(self, path):
-                if Path(path).read_bytes() != b"PAR1":
-                    raise ValueError("magic bytes not found\nin footer")
-                self.schema_arrow = types.SimpleNamespace(names=list(written))
+    return written
 
-            def read(self, columns):
-                table = {name: written[name] for name in columns}
-                return types.SimpleNamespace(to_pydict=lambda: table)
 
-        stand_in = types.SimpleNamespace(parquet=types.SimpleNamespace(ParquetFile=ParquetFile))
-        monkeypatch.setitem(sys.modules, "pyarrow", stand_in)
-    source = open_source(str(file))
+def test_parquet(table, folder):
+    paths = ["images/b c.png", "images/a.png"]
+    source = open_source(table(n=[1, 2], file_name=paths, label=[7, 3]))
     assert greys(source) == [1, 0]
     assert source.classes == ("3", "7") and source.labels.tolist() == [1, 0]
-    file.write_bytes(b"hello")
+    assert open_source(table(Path=paths, n=[1, 2])).labels is None
+    (folder / "list.parquet").write_bytes(b"hello")
     with pytest.raises(UserError, match="not a whole Parquet file"):
-        open_source(str(file))
+        open_source(str(folder / "list.parquet"))
+
+
+def test_kinds_of_columns_of_parquet(table):
+    import pyarrow
+
+    paths = pyarrow.array(["images/b c.png", "images/a.png"], pyarrow.large_string())
+    names = pyarrow.array(["dog", "cat"]).dictionary_encode()
+    source = open_source(table(image=paths, target=names))
+    assert greys(source) == [1, 0] and source.classes == ("cat", "dog")
+    assert source.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"path": ["images/a.png", None]}, r"list\.parquet, row 2: '' does not end like"),
+        ({"path": ["images/a.png"] * 2}, "row 2: .*twice, first in row 1"),
+        ({"path": ["images/a.png", "images/e 7.png"], "label": [1, None]}, "row 2: .*has no label"),
+        ({"url": ["images/a.png"]}, "has the columns url; that of the paths must be called"),
+        ({"path": []}, "names no image"),
+        ({"image": [{"bytes": b"x", "path": "a.png"}]}, r"holds images, .*; use hf:/.*:train"),
+        ({"image": [b"x"]}, "holds images, not their paths"),
+    ],
+)
+def test_a_wrong_row_of_parquet_is_named(table, columns, said):
+    with pytest.raises(UserError, match=said):
+        open_source(table(**columns))

@@ -97,6 +97,39 @@ def test_an_empty_map_is_refused(train, text):
         Zip(train)
 
 
+def test_a_map_that_cannot_be_read_is_refused(train):
+    train.with_name("train_map.txt").mkdir()
+    with pytest.raises(UserError, match=r"cannot read '.*train_map\.txt' \(Is a directory\)"):
+        Zip(train)
+
+
+def test_names_of_archive_and_map_in_any_encoding(tmp_path):
+    path = archive(tmp_path / "x.zip", pictures("caf_.png", "b.png"))
+    path.write_bytes(path.read_bytes().replace(b"caf_.png", b"caf\x82.png"))
+    assert identities(Zip(path)) == ["b.png", "caf\udc82.png"]
+    path.with_name("x_map.txt").write_bytes(b"caf\x82.png\t3\r\nb.png\t1\r\n")
+    source = Zip(path)
+    assert [int(source.pixels(i)[0, 0, 0]) for i in range(2)] == [0, 1]
+    assert source.labels.tolist() == [1, 0]
+    path.with_name("x_map.txt").write_bytes(b"caf\xe9.png\t3\n")
+    with pytest.raises(UserError, match=r"x_map\.txt, line 1: .*holds no 'caf") as caught:
+        Zip(path)
+    str(caught.value).encode("utf-8", "backslashreplace")
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_an_image_that_is_there_twice_is_refused_with_both_places(train, mapped):
+    with zipfile.ZipFile(train, "a") as file, pytest.warns(UserWarning, match="Duplicate"):
+        file.writestr("notes.txt", b"other notes")  # what is no image may be there twice
+        file.writestr("b.png", png(9))
+    if mapped:
+        write_map(train, "a.png\t0\nx/c@2.PNG\t1\n")
+        assert len(Zip(train)) == 2  # not one of the map: nobody asks for it
+        write_map(train, "a.png\t0\nb.png\t1\n")
+    with pytest.raises(UserError, match=r"'b\.png' .* twice, as entries 2 and 6; "):
+        Zip(train)
+
+
 def test_folders_give_labels_where_there_is_no_map(tmp_path):
     path = archive(
         tmp_path / "x.zip", pictures("dog/a.png", "cat/b.jpg", "__MACOSX/._b.jpg", ".h/a.png")
