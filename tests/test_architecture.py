@@ -23,7 +23,7 @@ def test_public_names_are_sorted_and_found():
 
 def test_distributed_calls_live_in_two_files():
     for path in FILES:
-        text = path.read_text()
+        text = path.read_text().replace('"torch.distributed.run"', "")  # the name of torchrun
         if path.name not in ("distributed.py", "parallel.py"):
             assert "torch.distributed" not in text and not re.search(r"\bdist\.", text), path
         assert ".cuda(" not in text, path

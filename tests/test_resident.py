@@ -96,11 +96,11 @@ def test_a_run_is_cut_out_where_it_is_held(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(resident, "Resident", lambda source, device: Resident(source, CPU))
     source = Pictures([(32, 32)])
     settings = tiny.config("simclr", tmp_path, resident=True)
-    maker = resident.maker_of(settings, source, Epochs(10, 10, 0), torch.device(kind))
+    maker = resident.maker_of(settings, source, Epochs(10, 10, 0), torch.device(kind), 0)
     assert isinstance(maker, ResidentSteps) == (not maker.by_workers) == (kind == "cuda")
     assert maker.batch(0).views[0].shape == (10, 3, 32, 32)
     plain = tiny.config("simclr", tmp_path)
-    assert resident.maker_of(plain, source, Epochs(10, 10, 0), CPU).source is source
+    assert resident.maker_of(plain, source, Epochs(10, 10, 0), CPU, 0).source is source
 
 
 @pytest.mark.parametrize(
