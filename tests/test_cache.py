@@ -169,9 +169,9 @@ def test_two_ranks_share_a_segment_and_two_machines_hold_their_parts(photos):
 def test_a_run_is_the_same_with_the_cache_and_can_go_on_without(photos, tmp_path, monkeypatch):
     logs, sources, train = {}, [], run.engine.pretrain
 
-    def noted(name, config, source, probe, out):
+    def noted(name, config, source, probe, out, salt):
         sources.append(type(source).__name__)
-        return train(name, config, source, probe, out)
+        return train(name, config, source, probe, out, salt)
 
     monkeypatch.setattr(run.engine, "pretrain", noted)
     for kind in ("none", "shared"):
