@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 
 from firstsight import methods, recipes, settings
+from firstsight.cli_bench import bench
 from firstsight.cli_convert import convert
 from firstsight.cli_data import data
 from firstsight.cli_detect import detect
@@ -20,7 +21,7 @@ from firstsight.cli_judge import diagnose, embed, evaluate
 from firstsight.cli_launch import launch
 from firstsight.cli_localize import localize, masks
 from firstsight.errors import UserError, unknown
-from firstsight.flags import config_file, flagged, parsed, peeked, taken
+from firstsight.flags import parsed, pretraining, taken
 from firstsight.log import is_first
 from firstsight.settings import Common
 from firstsight.shown import table, write_json
@@ -34,19 +35,8 @@ def pretrain(args: list[str]) -> None:
         usage = "usage: firstsight pretrain METHOD --data SOURCE [OPTIONS]\n\nmethods:\n"
         print(usage + "\n".join(lines) + "\n\nfirstsight pretrain METHOD --help lists its options")
         return
-    name = args[0]
-    summary, defaults, own = methods.describe(name)
-    target, args = taken(args[1:], "--json")
-    values, args = config_file(args)
-    if values.pop("name", name) != name:
-        raise UserError(f"--config holds settings of another method than {name}")
-    early = {key: peeked(args, f"--{key}") for key in ("size", "epochs", "preset", "recipe")}
-    values |= {key: value for key, value in early.items() if value is not None}
-    values = recipes.beneath(name, values)
-    start = settings.begun(defaults, own, values, "--config or flags")
-    config = flagged(settings.Pretrain, args, f"pretrain {name}", summary, start)
-    if not config.data:
-        raise UserError("which images? use --data SOURCE, for instance --data scenes:train")
+    target, args = taken(args, "--json")
+    name, config = pretraining(args, "pretrain")
 
     from firstsight import run
 
@@ -122,6 +112,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "convert": convert,
     "report": report,
     "launch": launch,
+    "bench": bench,
 }
 
 

@@ -11,6 +11,8 @@ import datetime
 import os
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -21,8 +23,20 @@ from torch.distributed.rendezvous import rendezvous
 
 from firstsight import slurm
 from firstsight.errors import UserError
+from firstsight.traffic import Sent
 
 _device = torch.device("cpu")
+
+
+class _Imagined:
+    """Ranks that are not there: each is taken to say what this process says."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self.sent: list[Sent] = []
+
+
+_imagined: _Imagined | None = None
 
 
 def start(device: str, threads: int = 0, patience: float = 1800) -> torch.device:
@@ -120,11 +134,13 @@ def stop() -> None:
 
 def rank() -> int:
     """Position of this process among all, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _imagined else 0
 
 
 def world() -> int:
     """W, the number of processes."""
+    if _imagined:
+        return _imagined.world
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -184,7 +200,7 @@ def mean(scalar: Tensor) -> float:
     if world() == 1:
         return scalar.item()
     total = scalar.detach().clone()
-    dist.all_reduce(total)
+    _all_reduce(total)
     return total.item() / world()
 
 
@@ -193,19 +209,49 @@ def anyone(flag: bool) -> bool:
     return mean(torch.tensor(float(flag), device=_device)) > 0 if world() > 1 else flag
 
 
+def _all_reduce(tensor: Tensor) -> None:
+    if _imagined:
+        _imagined.sent.append(Sent("sum", tensor.nbytes))
+        tensor.mul_(_imagined.world)
+    else:
+        dist.all_reduce(tensor)
+
+
+def _all_gather(rows: Tensor) -> list[Tensor]:
+    if _imagined:
+        _imagined.sent.append(Sent("gather", rows.nbytes))
+        return [rows] * _imagined.world
+    parts = [torch.empty_like(rows) for _ in range(world())]
+    dist.all_gather(parts, rows.contiguous())
+    return parts
+
+
+@contextmanager
+def imagined(world: int) -> Iterator[list[Sent]]:
+    """Inside, a step of a method goes as on `world` ranks; what it would send is noted.
+
+    The other ranks say what this one says. For measurements: only what `gather`, `summed`, `mean`
+    and `shared` do is imagined.
+    """
+    global _imagined
+    before, _imagined = _imagined, _Imagined(world)
+    try:
+        yield _imagined.sent
+    finally:
+        _imagined = before
+
+
 class _Gather(torch.autograd.Function):
     """All-gather whose backward sums what every rank asks of these rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        parts = [torch.empty_like(rows) for _ in range(world())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+        return torch.cat(_all_gather(rows))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         gradient = gradients[0].contiguous().clone()
-        dist.all_reduce(gradient)
+        _all_reduce(gradient)
         return gradient.chunk(world())[rank()]
 
 
@@ -215,13 +261,13 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         tensor = tensor.clone()
-        dist.all_reduce(tensor)
+        _all_reduce(tensor)
         return tensor
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         gradient = gradients[0].clone()
-        dist.all_reduce(gradient)
+        _all_reduce(gradient)
         return gradient
 
 
@@ -248,7 +294,7 @@ def same_buffers(module: nn.Module) -> None:
 
 def shared(tensor: Tensor) -> Tensor:
     """The `tensor` of rank 0, on every rank."""
-    if world() > 1:
+    if world() > 1 and not _imagined:
         dist.broadcast(tensor, src=0)
     return tensor
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from firstsight import settings
+from firstsight import methods, recipes, settings
 from firstsight.errors import UserError
 
 T = TypeVar("T")
@@ -26,6 +26,23 @@ def parsed(kind: type[T], args: list[str], prog: str) -> T:
     build: Callable[..., T] = kind
     start = settings.merged(build(**dict.fromkeys(required, tyro.MISSING)), values, "--config")
     return flagged(kind, args, prog, kind.__doc__ or "", start)
+
+
+def pretraining(args: list[str], verb: str) -> tuple[str, settings.Pretrain]:
+    """The method and its settings: the paper's, then recipe, `--config FILE`, then flags."""
+    name = args[0]
+    summary, defaults, own = methods.describe(name)
+    values, args = config_file(args[1:])
+    if values.pop("name", name) != name:
+        raise UserError(f"--config holds settings of another method than {name}")
+    early = {key: peeked(args, f"--{key}") for key in ("size", "epochs", "preset", "recipe")}
+    values |= {key: value for key, value in early.items() if value is not None}
+    values = recipes.beneath(name, values)
+    start = settings.begun(defaults, own, values, "--config or flags")
+    config = flagged(settings.Pretrain, args, f"{verb} {name}", summary, start)
+    if not config.data:
+        raise UserError("which images? use --data SOURCE, for instance --data scenes:train")
+    return name, config
 
 
 def flagged(kind: type[T], args: list[str], prog: str, text: str, start: T) -> T:

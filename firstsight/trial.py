@@ -52,15 +52,7 @@ def run(name: str, config: Pretrain, images: int, source_images: int) -> Trial:
     if config.compile:
         backbones.compile_all(method)
     optimizer, scaler = optim.of(method, config), update.scaler(config)
-    sides = config.views.sides(config.size)
-    views = tuple(torch.randint(256, (images, 3, s, s), dtype=torch.uint8) for s in sides)
-    whole = torch.tensor([[0.0, 0.0, config.size, config.size]]).repeat(images, 1)
-    batch = Batch(
-        views=views,
-        crops=(whole,) * len(sides),
-        flips=(torch.zeros(images, dtype=torch.bool),) * len(sides),
-        index=torch.arange(images),
-    )
+    batch = random_batch(config, images)
     best = float("inf")
     for _ in range(_STEPS):
         began = time.perf_counter()
@@ -73,6 +65,19 @@ def run(name: str, config: Pretrain, images: int, source_images: int) -> Trial:
         seconds=best,
         memory=peak_memory(device),
         parameters=sum(p.numel() for p in method.backbone.parameters()),
+    )
+
+
+def random_batch(config: Pretrain, images: int) -> Batch:
+    """Views of noise, each of the whole image."""
+    sides = config.views.sides(config.size)
+    views = tuple(torch.randint(256, (images, 3, s, s), dtype=torch.uint8) for s in sides)
+    whole = torch.tensor([[0.0, 0.0, config.size, config.size]]).repeat(images, 1)
+    return Batch(
+        views=views,
+        crops=(whole,) * len(sides),
+        flips=(torch.zeros(images, dtype=torch.bool),) * len(sides),
+        index=torch.arange(images),
     )
 
 
@@ -111,20 +116,7 @@ def dry_run(name: str, config: Pretrain, source: Source) -> dict[str, Any]:
     order = order_of(config, len(source))
     steps, world = order.steps(config.epochs), distributed.world()
     trial = of_share(name, config, config.batch_size // world, len(source))
-    maker = Steps(
-        source=source,
-        views=config.views,
-        size=config.size,
-        order=order,
-        seed=config.seed,
-        rank=distributed.rank(),
-        world=world,
-        views_on=config.views_on,
-        merger=merger_of(_without_masks(config), source),
-    )
-    began = time.perf_counter()
-    maker.batch(0)
-    views = time.perf_counter() - began
+    views = seconds_of_views(config, source)
     step = seconds_per_step(trial.seconds, views, config.workers, distributed.cores())
     return {
         "method": name,
@@ -138,6 +130,24 @@ def dry_run(name: str, config: Pretrain, source: Source) -> dict[str, Any]:
         "hours": round(steps * step / 3600, 3),
         "time": clock(steps * step),
     }
+
+
+def seconds_of_views(config: Pretrain, source: Source) -> float:
+    """What this rank's share of the views of a step takes one process."""
+    maker = Steps(
+        source=source,
+        views=config.views,
+        size=config.size,
+        order=order_of(config, len(source)),
+        seed=config.seed,
+        rank=distributed.rank(),
+        world=distributed.world(),
+        views_on=config.views_on,
+        merger=merger_of(_without_masks(config), source),
+    )
+    began = time.perf_counter()
+    maker.batch(0)
+    return time.perf_counter() - began
 
 
 def _without_masks(config: Pretrain) -> Pretrain:
