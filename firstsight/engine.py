@@ -146,7 +146,7 @@ def pretrain(
                 refuse_nonfinite_networks(method, step, out)
             if main and keeping:
                 state.snapshot()
-            if main and saving:
+            if saving:
                 state.save()
             if stopping:
                 say("stopping; the same command goes on from there")

@@ -37,7 +37,8 @@ def refuse_nonfinite_loss(loss: Tensor, method: nn.Module, step: int, out: Path)
 
 def refuse_nonfinite_networks(method: nn.Module, step: int, out: Path) -> None:
     """Stop the run when an update broke a tensor, before anything of it is saved."""
-    if not all(t.isfinite().all() for t in method.state_dict().values()):
+    tensors = [*method.state_dict().values(), *method.buffers()]  # some are saved elsewhere
+    if not all(t.isfinite().all() for t in tensors):
         raise _nonfinite("the update broke the networks", method, step, out)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from firstsight import checkpoint
+from firstsight import checkpoint, distributed, fetched
 from firstsight.errors import UserError
 from firstsight.log import say
 from firstsight.methods.base import Method
@@ -47,6 +47,7 @@ class State:
         for complaint in damaged:
             say(f"{complaint}; taking the one before it")
         if saved is None:
+            self._open_stores(None)
             return
         if saved["source"] != self._fingerprint:
             raise UserError(
@@ -54,6 +55,7 @@ class State:
                 f"use --out to start another run"
             )
         checkpoint.load_state(self.method, saved["method"], self.out / "checkpoints" / "last")
+        self._open_stores(int(saved["step"]))
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
@@ -62,8 +64,17 @@ class State:
         self.step, self.seconds = int(saved["step"]), float(saved["seconds"])
         self.skipped, self.bad = int(saved.get("skipped", 0)), set(saved["bad"])
 
+    def _open_stores(self, step: int | None) -> None:
+        """Have rows that rest outside the checkpoint as they were when it was saved."""
+        for name, rows in fetched.inside(self.method).items():
+            rows.open(self.out / name, step)
+
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint; to be called on all ranks, of which one writes it."""
+        for rows in fetched.inside(self.method).values():
+            rows.commit(self.step, self.config.keep)
+        if distributed.rank() > 0:
+            return
         values: dict[str, Any] = {"step": self.step, "seconds": self.seconds}
         values |= {"skipped": self.skipped, "bad": sorted(self.bad)}
         values |= {"method": self.method.state_dict(), "optimizer": self.optimizer.state_dict()}

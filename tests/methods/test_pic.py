@@ -249,6 +249,7 @@ def test_a_sampled_run_in_small_windows_resumes_bit_for_bit(tmp_path, monkeypatc
     assert all(torch.equal(tensor, broken[key]) for key, tensor in whole.items())
     records = read_log(tmp_path / "whole" / "log.jsonl")
     assert {"embedding_norm", "prototype_norm", "prototype_norm_min"} < set(records[-1])
+    assert records[-1]["prototype_steps_left_out"] == 0
     assert len(records) == 12 and records[-1]["epoch"] == 2
 
 
@@ -256,7 +257,7 @@ def test_every_image_is_told_from_all_after_some_steps():
     """An optimisation smoke: 16 images by heart."""
     pic, made = method(images=16, dim=32).train(), batch(16)
     sgd = torch.optim.SGD(pic.parameters(), lr=0.5, momentum=0.9)
-    for _ in range(40):
+    for _ in range(80):
         output = pic(made)
         sgd.zero_grad()
         output.loss.backward()
