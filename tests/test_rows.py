@@ -171,9 +171,9 @@ def test_lengths_are_kept_within_bounds():
 def test_a_gradient_that_is_not_finite_counts_as_none(bad):
     index, none = torch.tensor([0, 2]), torch.zeros(2, 2)
     hit, spared = (Rows(torch.ones(3, 2), momentum=0.9, decay=0.1) for _ in range(2))
-    for gradient, rows in ((none.clone().fill_(bad), hit), (none, spared)):
-        rows.move(index, torch.ones(2, 2), 0.1)
-        rows.move(index, gradient, 0.1)
+    for gradient, some in ((none.clone().fill_(bad), hit), (none, spared)):
+        some.move(index, torch.ones(2, 2), 0.1)
+        some.move(index, gradient, 0.1)
     assert torch.equal(hit.weight, spared.weight) and torch.equal(hit.velocity, spared.velocity)
     assert hit.figures(hit.weight)["prototype_steps_left_out"] == 1 and spared.broken == 0
 

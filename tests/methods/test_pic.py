@@ -257,7 +257,7 @@ def test_every_image_is_told_from_all_after_some_steps():
     """An optimisation smoke: 16 images by heart."""
     pic, made = method(images=16, dim=32).train(), batch(16)
     sgd = torch.optim.SGD(pic.parameters(), lr=0.5, momentum=0.9)
-    for _ in range(80):
+    for _ in range(60):
         output = pic(made)
         sgd.zero_grad()
         output.loss.backward()
