@@ -107,12 +107,12 @@ def pretrain(
             lr = schedule.rate(step)
             output = update.gradients(model, batch, scaler, config)
             # reading a loss waits for the device, so on a fast one that is rare
-            if device.type == "cpu" or logging or saving:
+            if not config.skip_nonfinite and (device.type == "cpu" or logging or saving):
                 refuse_nonfinite_loss(output.loss, method, step, out)
             stepped = update.apply(method, optimizer, scaler, config, progress, lr)
             if online:
                 online.learn(step, steps, method.backbone, output.features, batch.label)
-            state.step, state.skipped = done, state.skipped + (not stepped)
+            state.count(done, stepped)
             took = time.perf_counter() - began
             state.seconds, trained = state.seconds + took, trained + took
             images += config.batch_size

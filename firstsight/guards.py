@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from firstsight import distributed
 from firstsight.errors import UserError
 from firstsight.log import say
+from firstsight.settings import Pretrain
 
 
 def note_bad(new: set[str], known: set[str], most: float) -> None:
@@ -27,6 +29,14 @@ def note_bad(new: set[str], known: set[str], most: float) -> None:
             f"{len(known)} images cannot be decoded, {min(known)} among them, and --max-bad allows "
             f"{most:.0f}; mend or remove them, or allow more"
         )
+
+
+def scaler(config: Pretrain) -> torch.amp.GradScaler:
+    """What keeps small float16 gradients from vanishing; else one that at most leaves steps out."""
+    device, skips = distributed.device().type, config.skip_nonfinite > 0
+    if config.precision == "fp16":
+        return torch.amp.GradScaler(device)
+    return torch.amp.GradScaler(device, init_scale=1.0, growth_interval=2**31 - 1, enabled=skips)
 
 
 def refuse_nonfinite_loss(loss: Tensor, method: nn.Module, step: int, out: Path) -> None:

@@ -34,12 +34,24 @@ class State:
     seconds: float = 0.0
     """Spent training, views included and readings not."""
     skipped: int = 0
-    """Steps that float16 could not take."""
+    """Steps whose gradients were not finite: float16 overflows, and with --skip-nonfinite any."""
     bad: set[str] = field(default_factory=set)
     """Images that could not be decoded."""
 
     def __post_init__(self) -> None:
         self._fingerprint = self.source.fingerprint()
+        self._in_a_row = 0
+
+    def count(self, done: int, stepped: bool) -> None:
+        """Note that `done` steps are done, the last one left out unless `stepped`."""
+        self.step, self.skipped = done, self.skipped + (not stepped)
+        self._in_a_row = 0 if stepped else self._in_a_row + 1
+        if self._in_a_row > self.config.skip_nonfinite > 0:
+            raise UserError(
+                f"{self._in_a_row} steps in a row, step {done} the last, had gradients that are "
+                f"not finite (--skip-nonfinite {self.config.skip_nonfinite}); start another run "
+                f"with a lower --lr, a longer --warmup-epochs or --precision fp32"
+            )
 
     def resume(self) -> None:
         """Take up the newest whole checkpoint, where there is one."""
@@ -57,7 +69,7 @@ class State:
         checkpoint.load_state(self.method, saved["method"], self.out / "checkpoints" / "last")
         self._open_stores(int(saved["step"]))
         self.optimizer.load_state_dict(saved["optimizer"])
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         if self.online:
             self.online.load_state_dict(saved.get("probes", {}))
