@@ -57,6 +57,8 @@ class Batch:
     """Identities of the files that could not be decoded and were replaced in this batch."""
     colours: tuple[Colours, ...] = ()
     """For each view what the device has still to do to it, the flip first; empty: nothing."""
+    coming: Tensor | None = None
+    """(W * B,) positions of the images of the next step, over all ranks; on the CPU."""
 
     def __len__(self) -> int:
         return len(self.index)

@@ -114,7 +114,8 @@ def pretrain(
             lr = schedule.rate(step)
             output = update.gradients(model, batch, scaler, config)
             # reading a loss waits for the device, so on a fast one that is rare
-            if logging or saving or (device.type == "cpu" and distributed.world() == 1):
+            alone = device.type == "cpu" and distributed.world() == 1
+            if not config.skip_nonfinite and (logging or saving or alone):
                 refuse_nonfinite_loss(output.loss, method, step, out)
             stepped = update.apply(method, optimizer, scaler, config, progress, lr)
             if online:

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from firstsight import distributed
 from firstsight.errors import UserError
 from firstsight.log import say
 from firstsight.parallel import local
+from firstsight.settings import Pretrain
 
 
 def note_bad(new: set[str], known: set[str], most: float) -> None:
@@ -38,6 +40,14 @@ class NonFinite(UserError):
         self.what = what
 
 
+def scaler(config: Pretrain) -> torch.amp.GradScaler:
+    """What keeps small float16 gradients from vanishing; else one that at most leaves steps out."""
+    device, skips = distributed.device().type, config.skip_nonfinite > 0
+    if config.precision == "fp16":
+        return torch.amp.GradScaler(device)
+    return torch.amp.GradScaler(device, init_scale=1.0, growth_interval=2**31 - 1, enabled=skips)
+
+
 def refuse_nonfinite_loss(loss: Tensor, method: nn.Module, step: int, out: Path) -> None:
     """Stop the run when the loss of any rank is not finite; to be called on all ranks."""
     if not math.isfinite(mean := distributed.mean(loss)):
@@ -46,7 +56,8 @@ def refuse_nonfinite_loss(loss: Tensor, method: nn.Module, step: int, out: Path)
 
 def refuse_nonfinite_networks(method: nn.Module, step: int, out: Path) -> None:
     """Stop the run when an update broke a tensor of any rank, before anything of it is saved."""
-    if distributed.anyone(not all(local(t).isfinite().all() for t in method.state_dict().values())):
+    tensors = [*method.state_dict().values(), *method.buffers()]  # some are saved elsewhere
+    if distributed.anyone(not all(local(t).isfinite().all() for t in tensors)):
         raise _nonfinite("the update broke the networks", method, step, out)
 
 

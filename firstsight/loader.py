@@ -111,6 +111,7 @@ class Steps(Dataset[Any]):
             label=None if labels is None else torch.from_numpy(labels[chosen]),
             bad=tuple(bad),
             colours=colours_of(drawings) if self.views_on == "device" else (),
+            coming=torch.from_numpy(self.order.indices(step + 1).copy()),
         )
 
     def _make(self, image: Pixels, drawn: Drawn, b: int, v: int, out: Pixels) -> None:

@@ -144,6 +144,7 @@ class ResidentSteps(Steps):
             label=None if labels is None else torch.from_numpy(labels[chosen]),
             bad=tuple(bad),
             colours=colours_of([drawn]),
+            coming=torch.from_numpy(self.order.indices(step + 1).copy()),
         )
 
 

@@ -117,6 +117,8 @@ class Rows(nn.Module):
     weight: Tensor
     velocity: Tensor
     current: Tensor
+    broken: Tensor
+    """Gradients so far that were not finite."""
 
     def __init__(
         self,
@@ -126,18 +128,41 @@ class Rows(nn.Module):
         decay: float,
         tolerance: float = 0.0,
         correction: bool = True,
+        saved: bool = True,
     ) -> None:
-        """Start from `weight` (N, D). Without `correction` rows rest where they were left."""
+        """Start from `weight` (N, D). Without `correction` rows rest where they were left.
+
+        `saved`: the rows are part of the state.
+        """
         super().__init__()
         self.momentum, self.decay, self.correction = momentum, decay, correction
         self.rests = Rests(momentum, decay, tolerance)
-        self.register_buffer("weight", weight)
-        self.register_buffer("velocity", torch.zeros_like(weight))
-        self.register_buffer("current", torch.zeros(len(weight), dtype=torch.long))
+        self.register_buffer("weight", weight, saved)
+        self.register_buffer("velocity", torch.zeros_like(weight), saved)
+        self.register_buffer("current", torch.zeros(len(weight), dtype=torch.long), saved)
+        self.register_buffer("broken", torch.zeros((), dtype=torch.long))
+
+    def places(self, index: Tensor) -> Tensor:
+        """(S,) where in `weight` and the others rows `index` (S,) are."""
+        return index
+
+    def now(self, index: Tensor | None, coming: Tensor | None = None) -> Tensor:
+        """(S, D) rows `index` (S,), each once, caught up; None: all, as they are.
+
+        `coming` are rows that will be asked for next, which may be got ready meanwhile.
+        """
+        if index is None:
+            return self.weight
+        self.catch_up(index)
+        return self.weight[self.places(index)]
+
+    def rest(self, used: Tensor) -> None:
+        """Rows but `used` (K,) will not be asked for soon."""
 
     @torch.no_grad()
     def catch_up(self, index: Tensor) -> None:
         """Let rows `index` (S,), each once, take the steps that they have missed."""
+        index = self.places(index)
         behind = index[self.current[index] < self.rests.step]  # few: the others were used just now
         if self.correction and len(behind):
             since = self.rests.since(self.current[behind].cpu().numpy())
@@ -159,11 +184,15 @@ class Rows(nn.Module):
         """One step of SGD with the gradient (S, D) of rows `index` (S,), each once; None: of all.
 
         Rows that get shorter or longer than allowed are stretched to the nearest length allowed; 0:
-        any is.
+        any is. A gradient that is not finite counts as none, and is counted.
         """
         w, u = self.weight, self.velocity
         if index is not None:
+            index = self.places(index)
             w, u = w[index], u[index]
+        broken = ~gradient.isfinite().all()  # not looked at: that would wait for the device
+        gradient.masked_fill_(broken, 0.0)
+        self.broken.add_(broken)
         u.mul_(self.momentum).add_(gradient).add_(w, alpha=self.decay)
         w.sub_(u, alpha=self.rests.rate(lr) if index is not None else lr)
         if shortest > 0 or longest > 0:
@@ -176,6 +205,17 @@ class Rows(nn.Module):
         else:
             self.weight[index], self.velocity[index] = w, u
             self.current[index] = self.rests.step
+
+    def figures(self, rows: Tensor) -> dict[str, Tensor]:
+        """Lengths of rows (S, D) and steps that were left out, for the log."""
+        length = rows.norm(dim=1)
+        return {
+            "prototype_norm": length.mean(),
+            "prototype_norm_min": length.min(),
+            "prototype_norm_median": length.median(),
+            "prototype_norm_max": length.max(),
+            "prototype_steps_left_out": self.broken.to(length.dtype),
+        }
 
     def get_extra_state(self) -> Tensor:
         """The past of the rates, for the checkpoint."""
@@ -194,7 +234,9 @@ class Recent(nn.Module):
 
     def __init__(self, length: int, of: int) -> None:
         super().__init__()
-        self.register_buffer("index", torch.randperm(of)[:length].clone())
+        generator = np.random.default_rng(int(torch.randint(2**62, ())))
+        some = generator.choice(of, length, replace=False, shuffle=False)  # no work for each of all
+        self.register_buffer("index", torch.from_numpy(some))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
 
     def push(self, index: Tensor) -> None:

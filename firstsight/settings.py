@@ -177,6 +177,8 @@ class Pretrain:
     """Train a linear classifier on frozen features after the run, where there are labels."""
     max_bad: float = 0.01
     """Share of undecodable images above which the run refuses to go on."""
+    skip_nonfinite: int = 0
+    """Steps in a row that may be left out where gradients are not finite; more end the run."""
     save_every: int = 500
     """Steps between checkpoints."""
     keep: int = 2
@@ -236,7 +238,7 @@ class Pretrain:
         if not self.probe_lrs or not all(0 < lr < math.inf for lr in self.probe_lrs):
             raise UserError(f"--probe-lrs takes numbers above 0, not {self.probe_lrs}")
         require_share("--", self, "max_bad", "lr_start", "lr_end")
-        counts = ("threads", "probe_readings", "seed", "keep_every", "rollbacks")
+        counts = ("threads", "probe_readings", "seed", "keep_every", "rollbacks", "skip_nonfinite")
         for name in ("weight_decay", "warmup_epochs", "clip_norm", "clip_param", *counts):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{flag(name)} must not be below 0: {getattr(self, name)}")
@@ -272,7 +274,7 @@ class Pretrain:
 
 UNBOUND = (
     *("out", "recipe", "download", "device", "threads", "workers", "max_bad", "dry_run"),
-    *("log_every", "loggers", "save_every", "keep", "keep_every"),
+    *("log_every", "loggers", "save_every", "keep", "keep_every", "skip_nonfinite"),
     *("allow_changed_data", "rollbacks", "timeout", "parallel"),
 )
 """Settings that may differ when a run goes on: they do not change what is computed."""

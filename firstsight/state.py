@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firstsight import checkpoint, distributed, keyed, parallel, room
+from firstsight import checkpoint, distributed, fetched, keyed, parallel, room
 from firstsight.backbones import Backbone
 from firstsight.errors import UserError
 from firstsight.log import say
@@ -49,7 +49,7 @@ class State:
     seconds: float = 0.0
     """Spent training, views included and readings not."""
     skipped: int = 0
-    """Steps that float16 could not take."""
+    """Steps whose gradients were not finite: float16 overflows, and with --skip-nonfinite any."""
     bad: set[str] = field(default_factory=set)
     """Images that could not be decoded."""
 
@@ -58,6 +58,7 @@ class State:
         self._folder = self.out / "checkpoints"
         self._writer = checkpoint.Writer()
         self._warned = False
+        self._in_a_row = 0
 
     @property
     def seed(self) -> int:
@@ -74,11 +75,13 @@ class State:
             say(f"{complaint}; taking the one before it")
         self._require_room()
         if saved is None:
+            self._open_stores(None)
             return
         self._compare_sources(saved)
         checkpoint.load_state(self.method, saved["method"], self._folder / "last")
+        self._open_stores(int(saved["step"]))
         self.optimizer.load_state_dict(saved["optimizer"])
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         if self.online:
             self.online.load_state_dict(saved.get("probes", {}))
@@ -115,10 +118,24 @@ class State:
         """
         self.step, self.seconds = self.step + 1, self.seconds + seconds
         self.skipped += not stepped
+        self._in_a_row = 0 if stepped else self._in_a_row + 1
         self._writer.check()
+        if self._in_a_row > self.config.skip_nonfinite > 0:
+            raise UserError(
+                f"{self._in_a_row} steps in a row, step {self.step} the last, had gradients that "
+                f"are not finite (--skip-nonfinite {self.config.skip_nonfinite}); start another "
+                "run with a lower --lr, a longer --warmup-epochs or --precision fp32"
+            )
+
+    def _open_stores(self, step: int | None) -> None:
+        """Have rows that rest outside the checkpoint as they were when it was saved."""
+        for name, rows in fetched.inside(self.method).items():
+            rows.open(self.out / name, step)
 
     def save(self) -> None:
         """Copy all to the host and have it written while training goes on; on all ranks."""
+        for rows in fetched.inside(self.method).values():
+            rows.commit(self.step, self.config.keep)
         values: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "salt": self.salt}
         values |= {"skipped": self.skipped, "bad": sorted(self.bad)}
         values |= {"method": parallel.gathered(self.method.state_dict())}

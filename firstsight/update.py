@@ -7,15 +7,11 @@ from torch import nn
 
 from firstsight import distributed, optim, parallel
 from firstsight.batch import Batch
+from firstsight.guards import scaler as scaler
 from firstsight.loader import LAYOUTS, on_device
 from firstsight.methods.base import Method, Output
 from firstsight.nets import Queue, cast_to
 from firstsight.settings import Pretrain
-
-
-def scaler(config: Pretrain) -> torch.amp.GradScaler:
-    """What keeps small float16 gradients from vanishing; idle at other precisions."""
-    return torch.amp.GradScaler(distributed.device().type, enabled=config.precision == "fp16")
 
 
 def gradients(

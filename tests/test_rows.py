@@ -167,6 +167,24 @@ def test_lengths_are_kept_within_bounds():
     torch.testing.assert_close(some.weight, expected)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_counts_as_none(bad):
+    index, none = torch.tensor([0, 2]), torch.zeros(2, 2)
+    hit, spared = (Rows(torch.ones(3, 2), momentum=0.9, decay=0.1) for _ in range(2))
+    for gradient, some in ((none.clone().fill_(bad), hit), (none, spared)):
+        some.move(index, torch.ones(2, 2), 0.1)
+        some.move(index, gradient, 0.1)
+    assert torch.equal(hit.weight, spared.weight) and torch.equal(hit.velocity, spared.velocity)
+    assert hit.figures(hit.weight)["prototype_steps_left_out"] == 1 and spared.broken == 0
+
+
+def test_lengths_are_told():
+    some = Rows(torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 2.0]]), momentum=0.0, decay=0.0)
+    told = {k: v.item() for k, v in some.figures(some.weight).items()}
+    assert told["prototype_norm_min"] == 1 and told["prototype_norm_median"] == 2
+    assert told["prototype_norm_max"] == 5 and told["prototype_norm"] == pytest.approx(8 / 3)
+
+
 def test_powers_of_matrices():
     turn = np.array([[0.0, -1.0], [1.0, 0.0]])
     got = powers(np.stack([turn, 2 * np.eye(2), turn]), np.array([3, 10, 0]))

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from firstsight import distributed
+from firstsight import distributed, fetched
 from firstsight.backbones import Backbone, zero_residuals
 from firstsight.batch import Batch
 from firstsight.errors import UserError, require_not_negative, require_positive, require_share
@@ -28,7 +28,7 @@ from firstsight.methods.base import Method, Output
 from firstsight.nets import full, uncast
 from firstsight.norms import split_batch_norm
 from firstsight.projectors import two_layers
-from firstsight.rows import Recent, Rows, merged
+from firstsight.rows import Recent, merged
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # the authors' code; warm-up from a hundredth, down to a rate of 1e-6
@@ -61,6 +61,8 @@ class Config:
     its chunk, with --accumulate); 0: all images."""
     correction: bool = True
     """Prototypes that took part in no loss catch up on the momentum and decay that they missed."""
+    prototypes_in: Literal["device", "host", "file"] = "device"
+    """Where they rest, the K and some apart: the device, the host's memory, a file of the run."""
     rate_tolerance: float = 0.001
     """With K negatives, prototypes keep their rate until the run's differs by more, as a share."""
     prototype_momentum: float = 0.9
@@ -85,6 +87,9 @@ class Config:
         require_not_negative("--method.", self, "negatives", "prototype_decay", *bounds)
         if 0 < self.longest < self.shortest:
             raise UserError(f"--method.longest must be {self.shortest} or more, not {self.longest}")
+        if self.prototypes_in != "device" and not self.negatives:
+            where = f"--method.prototypes-in {self.prototypes_in}"
+            raise UserError(f"{where} is for some in use at a time; add --method.negatives 65536")
 
 
 def pic_loss(embeddings: Tensor, prototypes: Tensor, index: Tensor, temperature: float) -> Tensor:
@@ -138,8 +143,9 @@ class PIC(Method):
         if config.projector == "mlp":
             self.projector = two_layers(backbone.width, config.hidden, config.dim)
         self.sampled = 0 < config.negatives < images
-        self.prototypes = Rows(
-            torch.empty(images, config.dim).normal_(std=0.01),
+        place = config.prototypes_in if self.sampled else "device"
+        self.prototypes = fetched.of(
+            *(place, images, config.dim),
             momentum=config.prototype_momentum,
             decay=config.prototype_decay,
             tolerance=config.rate_tolerance,
@@ -153,11 +159,7 @@ class PIC(Method):
         """The loss of any number of views; prototypes learn from those of the first one's size."""
         temperature = self.config.temperature
         members, own = self.classes(batch.index)  # (S,) or None for all; (B,)
-        prototypes = self.prototypes.weight  # (N, D)
-        if members is not None:
-            self.prototypes.catch_up(members)
-            prototypes = prototypes[members]  # (S, D)
-
+        prototypes = self.prototypes.now(members, batch.coming)  # (S, D)
         features = [self.backbone(view) for view in batch.views]  # V x (B, C), each a batch
         with uncast(features[0]):
             embeddings = torch.cat([self.projector(full(f)) for f in features])  # (R, D)
@@ -172,13 +174,10 @@ class PIC(Method):
             self._visited.append(batch.index)
             self._crops += len(index)
 
-        lengths = prototypes.norm(dim=1)
         figures = {
             "instance_accuracy": 100 * (logits.argmax(dim=1) == index).to(loss.dtype).mean(),
             "embedding_norm": embeddings.detach().norm(dim=1).mean(),
-            "prototype_norm": lengths.mean(),
-            "prototype_norm_min": lengths.min(),
-            "prototype_norm_max": lengths.max(),
+            **self.prototypes.figures(prototypes),
         }
         return Output(loss, features[0].detach(), figures)
 
@@ -197,4 +196,5 @@ class PIC(Method):
         self.prototypes.move(members, total, rate, shortest=c.shortest, longest=c.longest)
         if self.sampled:
             self.recent.push(torch.cat([distributed.gather(index) for index in self._visited]))
+            self.prototypes.rest(self.recent.index)
         self._parts, self._visited, self._crops = [], [], 0

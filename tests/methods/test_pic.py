@@ -8,6 +8,7 @@ from firstsight import engine, methods, update
 from firstsight.backbones import build
 from firstsight.errors import UserError
 from firstsight.log import read_log
+from firstsight.methods import pic as module
 from firstsight.methods.pic import PIC, Config, cosines, pic_loss, prototype_gradient
 from firstsight.nets import uncast
 from firstsight.settings import preset_views
@@ -249,14 +250,44 @@ def test_a_sampled_run_in_small_windows_resumes_bit_for_bit(tmp_path, monkeypatc
     assert all(torch.equal(tensor, broken[key]) for key, tensor in whole.items())
     records = read_log(tmp_path / "whole" / "log.jsonl")
     assert {"embedding_norm", "prototype_norm", "prototype_norm_min"} < set(records[-1])
+    assert records[-1]["prototype_steps_left_out"] == 0
     assert len(records) == 12 and records[-1]["epoch"] == 2
+
+
+@pytest.mark.parametrize(("first", "last", "allowed"), [(4, 5, 1), (4, 5, 2), (4, 4, 0)])
+def test_steps_that_are_not_finite_are_left_out(first, last, allowed, tmp_path, monkeypatch):
+    """Steps 4 (and 5) of 12 have numbers that are none: as many as allowed change nothing."""
+    real, steps, weights = module.cosines, iter(range(1, 100)), {}
+
+    def faulty(*arguments):
+        logits = real(*arguments)
+        return logits * math.nan if first <= next(steps) <= last else logits
+
+    def watched(self, progress, lr):
+        after_step(self, progress, lr)
+        weights[len(weights) + 1] = self.projector[0].weight.detach().clone()
+
+    after_step = PIC.after_step
+    monkeypatch.setattr(module, "cosines", faulty)
+    monkeypatch.setattr(PIC, "after_step", watched)
+    settings = config("pic", tmp_path, method={"negatives": 12}, skip_nonfinite=allowed)
+    if last - first + 1 > allowed:
+        with pytest.raises(UserError, match=r"the loss is nan|2 steps in a row, step 5 the last"):
+            engine.pretrain("pic", settings, Patches(48), None, tmp_path)
+        return
+    engine.pretrain("pic", settings, Patches(48), None, tmp_path)
+    saved = torch.load(tmp_path / "checkpoints" / "last")
+    assert saved["skipped"] == 2 and saved["method"]["prototypes.broken"] == 2
+    assert read_log(tmp_path / "log.jsonl")[-1]["skipped_steps"] == 2
+    assert torch.equal(weights[3], weights[5]) and not torch.equal(weights[5], weights[6])
+    assert all(tensor.isfinite().all() for tensor in saved["method"].values())
 
 
 def test_every_image_is_told_from_all_after_some_steps():
     """An optimisation smoke: 16 images by heart."""
     pic, made = method(images=16, dim=32).train(), batch(16)
     sgd = torch.optim.SGD(pic.parameters(), lr=0.5, momentum=0.9)
-    for _ in range(40):
+    for _ in range(60):
         output = pic(made)
         sgd.zero_grad()
         output.loss.backward()
