@@ -13,6 +13,7 @@ import torch
 from firstsight import (
     backbones,
     distributed,
+    guards,
     keyed,
     methods,
     metrics,
@@ -22,12 +23,6 @@ from firstsight import (
     update,
 )
 from firstsight.features import Seen
-from firstsight.guards import (
-    note_bad,
-    refuse_nonfinite_loss,
-    refuse_nonfinite_networks,
-    stop_signal,
-)
 from firstsight.loader import LAYOUTS, batches
 from firstsight.log import Log, Meter, say, told
 from firstsight.methods.base import Method
@@ -101,7 +96,7 @@ def pretrain(
     seen: Seen | None = None
     new_bad: set[str] = set()
     watch = Watch(out, config.timeout)
-    with Meter(name, first, steps) as meter, stop_signal() as stopped, state, watch:
+    with Meter(name, first, steps) as meter, guards.stop_signal() as stopped, state, watch:
         for step, batch in watch.over(stream, first):
             done, progress = step + 1, step / steps
             logging = done % config.log_every == 0 or done == steps
@@ -116,7 +111,7 @@ def pretrain(
             # reading a loss waits for the device, so on a fast one that is rare
             alone = device.type == "cpu" and distributed.world() == 1
             if not config.skip_nonfinite and (logging or saving or alone):
-                refuse_nonfinite_loss(output.loss, method, step, out)
+                guards.refuse_nonfinite_loss(output.loss, method, step, out)
             stepped = update.apply(method, optimizer, scaler, config, progress, lr)
             if online:
                 online.learn(step, steps, method.backbone, output.features, batch.label)
@@ -124,7 +119,7 @@ def pretrain(
             new_bad |= set(batch.bad)
 
             if logging or saving:
-                note_bad(new_bad, state.bad, config.max_bad * len(source))
+                guards.note_bad(new_bad, state.bad, config.max_bad * len(source))
                 new_bad.clear()
             if logging or reading:
                 figures = {
@@ -151,7 +146,7 @@ def pretrain(
                     log.write(done, figures)
                     meter.show(done, told(figures))
             if saving or keeping:
-                refuse_nonfinite_networks(method, step, out)
+                guards.refuse_nonfinite_networks(method, step, out)
             if keeping:
                 state.snapshot()
             if saving:

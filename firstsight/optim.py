@@ -96,9 +96,3 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give all groups the learning rate `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def set_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
-    """Give all groups that decay the weight decay `weight_decay`."""
-    for group in optimizer.param_groups:
-        group["weight_decay"] = weight_decay if group["weight_decay"] else 0.0

@@ -57,7 +57,8 @@ def apply(
     optim.set_rate(optimizer, lr)
     if config.weight_decay_end is not None:
         decay = optim.cosine(progress, config.weight_decay, config.weight_decay_end)
-        optim.set_decay(optimizer, decay)
+        for group in optimizer.param_groups:
+            group["weight_decay"] = decay if group["weight_decay"] else 0.0
     scaler.unscale_(optimizer)
     optim.clip(parallel.members(optimizer), config.clip_norm, config.clip_param)
     method.before_step(progress)
