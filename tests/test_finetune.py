@@ -12,10 +12,9 @@ from firstsight import cli, load_backbone
 from firstsight.errors import UserError
 from firstsight.evaluate import finetune
 from firstsight.evaluate.finetune import TUNINGS, Part, Tuning, chosen, tuned
-from firstsight.evaluate.linear import prepared
 from firstsight.evaluate.protocols import PROTOCOLS
 from firstsight.features import Reader, extract
-from firstsight.heads import Heads
+from firstsight.heads import Heads, prepared
 from firstsight.loader import normalised
 from firstsight.order import Epochs
 from firstsight.sources import open_source
