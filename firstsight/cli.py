@@ -15,7 +15,8 @@ import tyro
 from firstsight import methods, recipes, settings
 from firstsight.cli_convert import convert
 from firstsight.cli_data import data
-from firstsight.cli_judge import diagnose, embed, evaluate
+from firstsight.cli_health import diagnose, embed
+from firstsight.cli_judge import evaluate
 from firstsight.cli_localize import localize, masks
 from firstsight.errors import UserError, unknown
 from firstsight.flags import config_file, flagged, parsed, peeked, taken

@@ -1,4 +1,4 @@
-"""Which classes are taken for which: counted by a plain loop and by scikit-learn, and in results."""
+"""Which classes are taken for which: by a plain loop, by scikit-learn, and in results."""
 
 import json
 
