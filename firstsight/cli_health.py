@@ -24,12 +24,19 @@ class Diagnose(Unlabelled):
     """A view counts as found among so many nearest."""
     uniformity: Literal["exact", "published"] = "exact"
     """Over all pairs, or over three random parts of 128 images."""
+    map: Literal["pca", "tsne", "umap"] | None = None
+    """Draw images and views in two dimensions: pca; tsne or umap, with firstsight[maps]."""
+    map_images: int = 300
+    """Images on the map, each with its two views."""
+    out: str = ""
+    """FILE.html for the map; empty: map.html, where --map is given."""
     download: bool = False
     """Fetch cifar10:train, cifar100:..., stl10:... where their files are missing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_not_negative("--", self, "images")
+        require_positive("--", self, "map_images")
         if not self.topk or min(self.topk) < 1:
             raise UserError(f"--topk takes numbers of 1 or more, not {self.topk}")
 
@@ -76,6 +83,7 @@ def diagnose(args: list[str]) -> None:
     for name in ("effective_rank", "lidar", "feature_std", "spread"):
         rows.append([name.replace("_", " "), f"{result[name]:.4g}", ""])
     rows += [["images", f"{result['images']}", ""]]
+    rows += [["map", result["map"]["out"], ""]] if "map" in result else []
     columns = ["", "originals (d, d-sd)", "views (sd, sd-sd)"]
     show(f"collapse: {result['collapse']}", columns, rows, result, target)
 
