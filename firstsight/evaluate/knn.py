@@ -13,7 +13,8 @@ from torch import Tensor
 from firstsight import distributed, keyed, methods
 from firstsight.backbones import Layer
 from firstsight.errors import UserError
-from firstsight.features import Features, Reader, extract, refuse_unusable, subset
+from firstsight.evaluate.repeated import repeated
+from firstsight.features import Reader, extract, refuse_unusable, subset
 from firstsight.log import say
 from firstsight.metrics import (
     Metric,
@@ -27,7 +28,7 @@ from firstsight.metrics import (
     represented,
     voted_accuracy,
 )
-from firstsight.sources import Source, UnreadableImage, fetch, open_source
+from firstsight.sources import fetch, open_source
 from firstsight.sources.base import class_count, common_labels
 
 KS = (1, 5, 20, 200)
@@ -129,7 +130,7 @@ def knn(
         **confused(confusion(truth, voted[best][:, 0], classes), source.classes),
         "images": {"train": len(bank.values), "test": len(queries.values)},
         "unreadable": {"train": bank.unreadable, "test": queries.unreadable},
-        "repeated": _repeated(source, asked, bank, queries, torch.cat([i for _, i in first])),
+        "repeated": repeated(source, asked, bank, queries, torch.cat([i for _, i in first])),
         "seconds": round(time.perf_counter() - began, 1),
     }
 
@@ -174,22 +175,3 @@ def _cross_validated(
     own = torch.from_numpy(np.sort(random.permutation(len(rows))[:CROSS_VALIDATED]))
     found = nearest(rows, rows[own], ks[-1], metric, own=own)
     return voted_accuracy(found, labels, labels[own], ks, weighting, temperature, metric)
-
-
-def _repeated(
-    source: Source, asked: Source, bank: Features, queries: Features, nearest_rows: Tensor
-) -> int:
-    """Test images that are their own nearest training image, pixel for pixel; said if there are."""
-    near = bank.values[nearest_rows]
-    alike = (near - queries.values).norm(dim=1) <= 1e-3 * queries.values.norm(dim=1)
-    count = 0
-    for row in alike.nonzero()[:, 0].tolist():
-        here, there = int(queries.index[row]), int(bank.index[nearest_rows[row]])
-        try:
-            count += np.array_equal(asked.pixels(here), source.pixels(there))
-        except UnreadableImage:  # it could be read a moment ago
-            continue
-    if count:
-        share = 100 * count / len(queries.values)
-        say(f"{count} test images ({share:.1f} %) are training images too: the figures flatter")
-    return count

@@ -27,11 +27,12 @@ from firstsight.backbones import Backbone
 from firstsight.errors import UserError
 from firstsight.evaluate.opened import opened
 from firstsight.evaluate.protocols import Protocol, Representation, overridden, stated
+from firstsight.evaluate.repeated import repeated
 from firstsight.features import Reader, Seen, extract, pooled, refuse_unusable
 from firstsight.heads import Descent, Heads, prepared
 from firstsight.loader import Steps, batches
 from firstsight.log import Meter, say
-from firstsight.metrics import confused, confusion
+from firstsight.metrics import confused, confusion, nearest
 from firstsight.order import Epochs
 from firstsight.sources.base import Source
 from firstsight.views import Interpolation, Views
@@ -74,7 +75,8 @@ def linear(
 
     `protocol` names where all numbers start (`PROTOCOLS`); what is given wins. Fewer `epochs`
     shorten the warm-up, and move the drops, with them. `size` 0 takes the side the backbone was
-    pretrained with. Raises `UserError` where labels are missing.
+    pretrained with. Test images that were learnt from, pixel for pixel, are counted in `repeated`
+    (with cached features). Raises `UserError` where labels are missing.
     """
     began = time.perf_counter()
     given = {
@@ -116,6 +118,8 @@ def linear(
             bank = extract(backbone, source, reader)
             seen = Seen(bank.values, bank.labels(labels), *test_rows)
             figures, bad = cached(seen, classes, how, seed), bank.unreadable
+            near = torch.cat([index for _, index in nearest(bank.values, queries.values, 1)])
+            figures["repeated"] = repeated(source, asked, bank, queries, near[:, 0])
     table = confusion(test_rows[1], figures.pop("predicted"), classes)
     return {
         "protocol": {
