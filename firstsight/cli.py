@@ -17,7 +17,8 @@ from firstsight.cli_bench import bench
 from firstsight.cli_convert import convert
 from firstsight.cli_data import data
 from firstsight.cli_detect import detect
-from firstsight.cli_judge import diagnose, embed, evaluate
+from firstsight.cli_health import diagnose, embed
+from firstsight.cli_judge import evaluate
 from firstsight.cli_launch import launch
 from firstsight.cli_localize import localize, masks
 from firstsight.errors import UserError, unknown

@@ -166,6 +166,42 @@ class Finetune(Reading):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Dense(Judging):
+    """Classes of the cells of feature maps, by k-NN and by a linear classifier on single cells."""
+
+    train: str
+    """SOURCE of marked images to learn from."""
+    test: str
+    """SOURCE of marked images to be right about."""
+    train_marks: str = ""
+    """What the pixels of --train show: a folder of index masks (PNG, 255 is none), or boxes in any
+    file that localize takes; scenes have their own."""
+    test_marks: str = ""
+    """The same for --test."""
+    mixed: Literal["counted", "left-out"] = "counted"
+    """Cells that show several classes: counted as the one of most pixels, or left out."""
+    stage: int | None = None
+    """An earlier map of the backbone: 0 the stem, 1 to 4 the stages of a ResNet. None: the last."""
+    k: int = 20
+    """Neighbours that vote; fewer where there are fewer cells."""
+    temperature: float = 0.07
+    """Temperature of softmax weights."""
+    epochs: int = 20
+    """Passes of the linear classifier over the training cells."""
+    cells: int = 50000
+    """Training cells at most, drawn by --seed; 0: all."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    download: bool = False
+    """Fetch cifar10:train, cifar100:..., stl10:... where their files are missing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive("--", self, "k", "temperature", "epochs", "batch_size")
+        require_not_negative("--", self, "cells")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Unlabelled(Judging):
     """What every reading of two views of each image can be told."""
 
@@ -204,50 +240,8 @@ class Instance(Unlabelled):
         require_not_negative("--", self, "images")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Diagnose(Unlabelled):
-    """How healthy a backbone is, without labels: alignment, uniformity, rank, collapse."""
-
-    dataset_mode: Literal["normal", "g-mask", "rand-g-mask", "avg-mask", "rand-avg-mask"] = "normal"
-    """Which views of a folder of static views."""
-    images: int = 5000
-    """Images, drawn by --seed; 0: all."""
-    topk: tuple[int, ...] = (1, 5)
-    """A view counts as found among so many nearest."""
-    uniformity: Literal["exact", "published"] = "exact"
-    """Over all pairs, or over three random parts of 128 images."""
-    download: bool = False
-    """Fetch cifar10:train, cifar100:..., stl10:... where their files are missing."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_not_negative("--", self, "images")
-        if not self.topk or min(self.topk) < 1:
-            raise UserError(f"--topk takes numbers of 1 or more, not {self.topk}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Embed(Judging):
-    """Write the features of all images of a SOURCE into a file."""
-
-    data: str
-    """SOURCE of the images."""
-    out: str
-    """FILE.npz or FILE.parquet to write."""
-    layer: Literal["backbone", "embedding"] = "backbone"
-    """Pooled features, or the projector's output (of a run folder)."""
-    batch_size: int = 256
-    """Images per forward pass."""
-    download: bool = False
-    """Fetch cifar10:train, cifar100:..., stl10:... where their files are missing."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive("--", self, "batch_size")
-
-
 def evaluate(args: list[str]) -> None:
-    """Judge a backbone: firstsight evaluate knn|linear|finetune|instance CHECKPOINT ..."""
+    """Judge a backbone: firstsight evaluate knn|linear|dense|finetune|... CHECKPOINT ..."""
     if not args or args[0] in ("-h", "--help"):
         asks = dict.fromkeys(READINGS, "--train SOURCE --test SOURCE")
         asks["instance"] = "--data VIEWS"
@@ -310,6 +304,21 @@ def evaluate_finetune(args: list[str], target: str | None) -> None:
     show("fine-tuned accuracy, percent", ["", "top-1", "top-5"], rows, result, target)
 
 
+def evaluate_dense(args: list[str], target: str | None) -> None:
+    """Accuracy and overlap of the classes of cells."""
+    asked = settings.shallow(parsed(Dense, args, "evaluate dense"))
+
+    from firstsight.evaluate import dense
+
+    result = dense(asked.pop("checkpoint"), **asked)
+    names = {"k-NN": "knn", "linear": "linear", "always the most frequent": "most_frequent"}
+    rows = [
+        [name, f"{result[key]['accuracy']:.2f}", f"{result[key]['mean_iou']:.2f}"]
+        for name, key in names.items()
+    ]
+    show("classes of cells, percent", ["", "accuracy", "mean IoU"], rows, result, target)
+
+
 def evaluate_instance(args: list[str], target: str | None) -> None:
     """How often a view is nearest to its own image."""
     asked = settings.shallow(parsed(Instance, args, "evaluate instance"))
@@ -320,44 +329,6 @@ def evaluate_instance(args: list[str], target: str | None) -> None:
     rows = [[k, *(f"{result[pair][k]:.2f}" for pair in ("d-sd", "sd-sd"))] for k in result["d-sd"]]
     columns = ["top", "image to view", "view to view"]
     show("own view found, percent", columns, rows, result, target)
-
-
-def diagnose(args: list[str]) -> None:
-    """Health of a backbone without labels: firstsight diagnose CHECKPOINT --data SOURCE."""
-    target, args = taken(args, "--json")
-    asked = settings.shallow(parsed(Diagnose, args, "diagnose"))
-
-    from firstsight import diagnose
-
-    result = diagnose.run(asked.pop("checkpoint"), **asked)
-    pairs = [
-        ("alignment, 0 is best", result["alignment"], ".4f"),
-        ("uniformity, lower is better", result["uniformity"], ".4f"),
-        ("class alignment, lower is better", result.get("class_alignment", {}), ".4f"),
-    ]
-    pairs += [
-        (f"own view in the nearest {k}, percent", {p: v[k] for p, v in found.items()}, ".2f")
-        for found in [result["instance_accuracy"]]
-        for k in found["d-sd"]
-    ]
-    rows = [[name, *(f"{v:{how}}" for v in two.values())] for name, two, how in pairs if two]
-    for name in ("effective_rank", "lidar", "feature_std", "spread"):
-        rows.append([name.replace("_", " "), f"{result[name]:.4g}", ""])
-    rows += [["images", f"{result['images']}", ""]]
-    columns = ["", "originals (d, d-sd)", "views (sd, sd-sd)"]
-    show(f"collapse: {result['collapse']}", columns, rows, result, target)
-
-
-def embed(args: list[str]) -> None:
-    """Features of all images in a file: firstsight embed CHECKPOINT --data SOURCE --out FILE."""
-    target, args = taken(args, "--json")
-    asked = settings.shallow(parsed(Embed, args, "embed"))
-
-    from firstsight import embed
-
-    result = embed.run(asked.pop("checkpoint"), **asked)
-    rows = [[key, f"{result[key]}"] for key in ("images", "width", "unreadable")]
-    show(result["out"], ["", ""], rows, result, target)
 
 
 def _read(
@@ -382,5 +353,6 @@ READINGS: dict[str, Callable[[list[str], str | None], None]] = {
     "knn": evaluate_knn,
     "linear": evaluate_linear,
     "finetune": evaluate_finetune,
+    "dense": evaluate_dense,
     "instance": evaluate_instance,
 }

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from firstsight import distributed, methods
+from firstsight import checkpoint, distributed, methods
 from firstsight.backbones import Layer
+from firstsight.errors import UserError
 from firstsight.features import Reader, refuse_unusable
+from firstsight.maps import page, place
 from firstsight.metrics import (
     Distractors,
     alignment,
@@ -33,6 +36,9 @@ Uniformity = Literal["exact", "published"]
 IMAGES = 5000
 """Images looked at unless told otherwise: with two views of each, minutes on two cores."""
 
+MAP_IMAGES = 300
+"""Images on a map, each with its two views: a page of about a megabyte."""
+
 COLLAPSED = 0.02
 """Spread of directions below which all images count as alike; untrained networks have 0.1 or so."""
 
@@ -47,6 +53,9 @@ def run(
     topk: Sequence[int] = (1, 5),
     distractors: Distractors = "published",
     uniformity: Uniformity = "exact",
+    map: place.How | None = None,
+    map_images: int = MAP_IMAGES,
+    out: str = "",
     layer: Layer = "backbone",
     size: int = 0,
     precision: Literal["fp32", "bf16"] = "fp32",
@@ -62,6 +71,9 @@ def run(
     In names, `d` is the originals and `sd` their first views; `d-sd` compares these two, `sd-sd`
     the two views. `data` is a folder of static views, or any source: then two views of each image
     are drawn with `preset`. `images` 0 looks at all. Class alignment is there where labels are.
+
+    `map` and `out` write a page that shows `map_images` of them in two dimensions (`maps.place` has
+    the ways; with `out` alone by pca); of a run folder its report shows the map too.
     """
     began = time.perf_counter()
     where = distributed.start(device, threads)
@@ -92,6 +104,11 @@ def run(
             "d": class_alignment(d, seen.labels),
             "sd": class_alignment(sd, seen.labels),
         }
+    if map or out:
+        about_map = f"{checkpoint_spec} on {data}"
+        drawn = place.drawn(seen, map or "pca", map_images, source.classes, seed)
+        _write_map(drawn, about_map, result["protocol"], out or "map.html", Path(checkpoint_spec))
+        result["map"] = {"how": drawn["how"], "images": drawn["images"], "out": out or "map.html"}
     values = spectrum(d)
     return {
         **result,
@@ -109,6 +126,22 @@ def run(
         "unreadable": seen.unreadable,
         "seconds": round(time.perf_counter() - began, 1),
     }
+
+
+def _write_map(
+    drawn: dict[str, Any], title: str, protocol: dict[str, Any], out: str, run_folder: Path
+) -> None:
+    """The page `out` and, where the network is that of a run, what its report shows."""
+    if distributed.rank() > 0:
+        return
+    said = "protocol: " + ", ".join(f"{key} {value}" for key, value in protocol.items())
+    try:
+        Path(out).write_text(page.page(drawn, title, said), encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"cannot write {out} ({error.strerror}); use another --out") from None
+    if (run_folder / "config.yaml").is_file():
+        (run_folder / "pictures").mkdir(exist_ok=True)
+        checkpoint.write_json(run_folder / "pictures" / "map.json", drawn)
 
 
 def collapse(x: torch.Tensor) -> str:

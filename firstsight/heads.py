@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +95,14 @@ class Heads(nn.Module):
             for a, b, m, c in zip(first, five, by_class, loss, strict=True)
         ]
 
+    @torch.no_grad()
+    def predicted(self, features: Tensor) -> Tensor:
+        """(N, S) the class that each head gives each row; of equal logits the lowest."""
+        device = next(self.parameters()).device
+        classes = self.heads[0].get_parameter("bias").numel()
+        parts = torch.split(features, max(1, _LOGITS // (classes * len(self.heads))))
+        return torch.cat([self(part.to(device)).argmax(dim=-1).cpu() for part in parts])
+
 
 class Descent:
     """SGD (or LARS) on heads, each with a learning rate and a weight decay of its own."""
@@ -142,3 +150,36 @@ class Descent:
         """Go on from there."""
         self.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def prepared(
+    features: Tensor, representation: Literal["original", "norm", "standard"]
+) -> nn.Module:
+    """What features go through before the classifier; `standard` takes its statistics from these.
+
+    It can be taken over the held-out rows too: no label is in it.
+    """
+    if representation == "norm":
+        return _Unit()
+    return _Standard(features) if representation == "standard" else nn.Identity()
+
+
+class _Unit(nn.Module):
+    def forward(self, features: Tensor) -> Tensor:
+        return F.normalize(features, dim=1)
+
+
+class _Standard(nn.Module):
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        std, mean = torch.std_mean(features, dim=0, correction=0)
+        # a feature that is constant but for rounding says nothing, and must not be blown up
+        varies = std > 1e-6 * mean.abs()
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", torch.where(varies, 1 / std, 0.0))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (features - self.mean) * self.scale

@@ -41,6 +41,10 @@ class Pairs:
     """(N, C)."""
     labels: Tensor | None
     """(N,), where the source has them."""
+    source: Source
+    """Holds the images and the views."""
+    positions: Tensor
+    """(N, 3) where in it each image and its two views are."""
     unreadable: int
     """Images left out, as they or a view of theirs cannot be decoded."""
     protocol: dict[str, Any]
@@ -156,6 +160,8 @@ def _read(
         first=first,
         second=second,
         labels=None if labels is None else torch.from_numpy(labels[some])[kept],
+        source=views,
+        positions=torch.from_numpy(groups)[kept],
         unreadable=int((~kept).sum()),
         protocol={**said, **reader.protocol, "view_of_views": whole.protocol["view"]},
     )

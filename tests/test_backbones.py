@@ -17,6 +17,7 @@ from firstsight.errors import UserError
         ("resnet18", "standard", 512, 32),
         ("resnet18", "small", 512, 8),
         ("resnet50", "standard", 2048, 32),
+        ("cifar_resnet20", "standard", 64, 4),
         ("timm:test_resnet", "standard", 96, 32),
         ("timm:test_efficientnet", "standard", 256, 32),
         ("timm:test_vit", "standard", 64, 16),

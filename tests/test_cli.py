@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from firstsight import cli, cli_judge, flags, settings
+from firstsight import cli, cli_health, cli_judge, flags, settings
 from firstsight.errors import UserError
 
 
@@ -156,9 +156,10 @@ def test_a_resolved_config_replays_itself(tmp_path):
         (cli_judge.Knn, "evaluate.knn"),
         (cli_judge.Linear, "evaluate.linear"),
         (cli_judge.Finetune, "evaluate.finetune"),
+        (cli_judge.Dense, "evaluate.dense"),
         (cli_judge.Instance, "evaluate.instance"),
-        (cli_judge.Diagnose, "diagnose.run"),
-        (cli_judge.Embed, "embed.run"),
+        (cli_health.Diagnose, "diagnose.run"),
+        (cli_health.Embed, "embed.run"),
     ],
 )
 def test_options_of_a_command_are_the_parameters_of_its_function(options, function):
@@ -241,7 +242,7 @@ def test_protocols_offered_are_those_there_are():
     for options, name, there in (
         (cli_judge.Linear, "protocol", {*PROTOCOLS}),
         (cli_judge.Finetune, "protocol", {*TUNINGS}),
-        (cli_judge.Diagnose, "dataset_mode", {*MODES}),
+        (cli_health.Diagnose, "dataset_mode", {*MODES}),
         (cli_judge.Instance, "dataset_mode", {*MODES, "all"}),
     ):
         assert set(get_args(get_type_hints(options)[name])) == there

@@ -91,7 +91,7 @@ def test_every_command_of_the_docs_is_understood(page, words, monkeypatch, capsy
 
     for module, names in {
         run: ("pretrain", "dry_run", "demo"),
-        evaluate: ("finetune", "instance", "knn", "linear", "over_snapshots"),
+        evaluate: ("dense", "finetune", "instance", "knn", "linear", "over_snapshots"),
         diagnose: ("run",),
         embed: ("run",),
         localize: ("run", "masks"),

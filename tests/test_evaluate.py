@@ -1,17 +1,19 @@
 """evaluate knn on a run: the layer that was asked for, read as the protocol says."""
 
+import importlib
+
 import pytest
 import torch
 from PIL import Image
 
 from firstsight import load_backbone, methods, run
 from firstsight.errors import UserError
-from firstsight.evaluate import knn
+from firstsight.evaluate import finetune, knn, linear
 from firstsight.features import Reader, extract
 from firstsight.metrics import knn_predict
 from firstsight.sources import open_source
 from firstsight.views.apply import eval_policy, eval_view
-from tests.tiny import config
+from tests.tiny import NETWORK, config
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +118,11 @@ def test_test_images_that_are_training_images_are_counted(tmp_path, capsys):
             pixels = open_source("scenes:train@20").pixels(i)
             Image.fromarray(pixels).save(place / f"{folder}-{i}.png")
     train, test = str(tmp_path / "train"), str(tmp_path / "test")
-    result = knn("random:resnet18", train=train, test=test, size=32, device="cpu")
-    assert result["repeated"] == 2
-    assert "2 test images (25.0 %) are training images too" in capsys.readouterr().err
+    asked = {"train": train, "test": test, "size": 32, "device": "cpu"}
+    for reading, more in ((knn, {}), (linear, {"epochs": 1})):
+        result = reading("random:resnet18", **asked, **more)
+        assert result["repeated"] == 2
+        assert "2 test images (25.0 %) are training images too" in capsys.readouterr().err
     assert result["images"] == {"train": 8, "test": 8}
 
 
@@ -134,3 +138,56 @@ def test_both_spellings_of_shift_norm_and_what_it_depends_on_is_said():
         assert results[name]["protocol"]["representation"] == name
     assert results["shifted-norm"]["protocol"]["shift_batch"] == "all"
     assert results["shift-norm"]["k"] != results["original"]["k"]  # the published slip: the same
+
+
+READINGS = (knn, linear, finetune)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_sources_that_cannot_be_read_from_are_refused_by_name(reading, tmp_path):
+    """No labels, a class that the other side lacks, one class alone."""
+    for place in ("train/ant", "train/bee", "test/ant", "test/cow", "bare"):
+        (tmp_path / place).mkdir(parents=True)
+        for i in range(2):
+            pixels = open_source("scenes:train@20").pixels(len(place) + i)
+            Image.fromarray(pixels).save(tmp_path / place / f"{i}.png")
+    train, test, bare = (str(tmp_path / name) for name in ("train", "test", "bare"))
+    common = {"size": 32, "device": "cpu"}
+    with pytest.raises(UserError, match=r"--train .*bare has no labels"):
+        reading(f"random:{NETWORK}", train=bare, test=test, **common)
+    with pytest.raises(UserError, match=r"--test .*bare has no labels"):
+        reading(f"random:{NETWORK}", train=train, test=bare, **common)
+    with pytest.raises(UserError, match=r"--test .*has a class 'cow' that --train .* lacks"):
+        reading(f"random:{NETWORK}", train=train, test=test, **common)
+    with pytest.raises(UserError, match="scenes:train@1 has images of one class only"):
+        reading(f"random:{NETWORK}", train="scenes:train@1", test="scenes:test@20", **common)
+
+
+def broken(value):
+    """`extract` with one feature, or all of them, put to a value."""
+
+    def instead(backbone, source, reader, index=None):
+        found = extract(backbone, source, reader, index)
+        if value != value:
+            found.values[1, 2] = value
+        else:
+            found.values[:] = value
+        return found
+
+    return instead
+
+
+@pytest.mark.parametrize("reading", [knn, linear])
+def test_features_that_say_nothing_are_named(reading, monkeypatch, capsys):
+    """NaN is refused; where all images look alike it is called a collapse, and figures follow."""
+    asked = {"train": "scenes:train@20", "test": "scenes:test@20", "size": 32, "device": "cpu"}
+    module = importlib.import_module(f"firstsight.evaluate.{reading.__name__}")
+    monkeypatch.setattr(module, "extract", broken(float("nan")))
+    with pytest.raises(UserError, match="not numbers: take an earlier checkpoint"):
+        reading(f"random:{NETWORK}", **asked)
+    monkeypatch.setattr(module, "extract", broken(0.25))
+    more = {"epochs": 1} if reading is linear else {}
+    result = reading(f"random:{NETWORK}", **asked, **more)
+    assert "the backbone has collapsed" in capsys.readouterr().err
+    top1 = result["top1"] if reading is linear else result["best"]["top1"]
+    assert top1 == 10  # one class for all, ten of them

@@ -8,14 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from firstsight import cli, load_backbone
+from firstsight import cli, distributed, load_backbone
 from firstsight.errors import UserError
 from firstsight.evaluate import finetune
 from firstsight.evaluate.finetune import TUNINGS, Part, Tuning, chosen, tuned
-from firstsight.evaluate.linear import prepared
 from firstsight.evaluate.protocols import PROTOCOLS
 from firstsight.features import Reader, extract
-from firstsight.heads import Heads
+from firstsight.heads import Heads, prepared
 from firstsight.loader import normalised
 from firstsight.order import Epochs
 from firstsight.sources import open_source
@@ -168,3 +167,48 @@ def test_the_same_seed_is_the_same_and_another_is_not():
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     once, again = (finetune(f"random:{NETWORK}", labels="2", epochs=1, **ASKED) for _ in range(2))
     assert once | {"seconds": 0} == again | {"seconds": 0} and "mean_per_class" not in once
+
+
+class Watched(Part):
+    """Notes which images were decoded."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.seen = []
+
+    def pixels(self, index):
+        self.seen.append(index)
+        return super().pixels(index)
+
+
+def _on_rank(rank):
+    distributed.start("cpu", 1)
+    part, asked = Watched(Patches(30), np.arange(12)), Watched(Patches(30), np.arange(12, 23))
+    backbone, reader = load_backbone(f"random:{NETWORK}"), Reader(size=32, batch_size=3)
+    heads = Heads(1, backbone.width, 3, seed=4)
+    how = dataclasses.replace(HOW, batch_size=4)
+    for _ in tuned(backbone, heads, part, how, reader, 7, set()):
+        found = extract(backbone, asked, reader)
+    whole = finetune(f"random:{NETWORK}", **ASKED, epochs=1, batch_size=8, threads=1)
+    weights = torch.cat(
+        [p.detach().flatten() for p in [*backbone.parameters(), *heads.parameters()]]
+    )
+    distributed.stop()
+    return part.seen, asked.seen, found.index.tolist(), weights.numpy(), whole
+
+
+def test_each_rank_learns_from_its_share_and_each_test_image_counts_once(on_ranks):
+    """Every step's images once, half on each rank; one network comes out, and one figure."""
+    (learnt, asked, index, weights, whole), other = on_ranks(_on_rank)
+    assert len(learnt) == len(other[0]) == 12  # two epochs of 12 images, over two ranks
+    order = Epochs(12, 4, 7)
+    for step in range(6):
+        shares = [ranks[2 * step : 2 * step + 2] for ranks in (learnt, other[0])]
+        assert [*shares[0], *shares[1]] == order.indices(step).tolist()
+    assert sorted(asked + other[1]) == sorted([*range(11)] * 2)  # after each of two epochs
+    assert index == other[2] == list(range(11))
+    np.testing.assert_array_equal(weights, other[3])
+    assert whole["images"] == other[4]["images"] == {"train": 40, "test": 20}
+    assert {k: v for k, v in whole.items() if k != "seconds"} == {
+        k: v for k, v in other[4].items() if k != "seconds"
+    }

@@ -82,28 +82,6 @@ def test_heads_side_by_side_are_each_a_plain_loop_of_its_own(nesterov):
         np.testing.assert_allclose(head.bias.detach(), b, rtol=1e-9, atol=1e-11)
 
 
-def test_trained_long_with_weight_decay_it_is_logistic_regression():
-    """At the optimum of the convex problem that LBFGS solves."""
-    x, y = clouds(60, overlap=2.0)
-    how = Protocol(augment=False, lr=(0.5,), weight_decay=(0.05,), epochs=3000, batch_size=60)
-    heads = Heads(1, 6, 3, seed=0).double()
-    for _ in trained(heads, how.settings, how, batches_of(x, y, 60), 1, ""):
-        pass
-    w, b = torch.zeros(3, 6).double(), torch.zeros(3).double()
-    solver = torch.optim.LBFGS([w, b], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15)
-    w.requires_grad_(), b.requires_grad_()
-
-    def loss():
-        solver.zero_grad()
-        value = F.cross_entropy(x @ w.T + b, y) + 0.025 * (w.square().sum() + b.square().sum())
-        value.backward()
-        return value
-
-    solver.step(loss)
-    torch.testing.assert_close(heads.heads[0].weight.detach(), w.detach(), atol=1e-6, rtol=0)
-    torch.testing.assert_close(heads.heads[0].bias.detach(), b.detach(), atol=1e-6, rtol=0)
-
-
 def test_the_place_of_the_true_class_counts_ties_lowest_class_first():
     scores = torch.tensor([[3.0, 1, 3, 2], [3, 1, 3, 2], [3, 1, 3, 2], [1, 1, 1, 1], [0, 9, 9, 9]])
     labels = torch.tensor([0, 2, 1, 3, 0])

@@ -80,6 +80,7 @@ def test_blocks_do_not_change_what_is_near(monkeypatch):
     train, test = torch.randn(50, 4), torch.randn(33, 4)
     whole = torch.cat([index for _, index in nearest(train, test, 5)])
     monkeypatch.setattr(neighbours, "_CHUNK_BYTES", 4 * 50 * 2)  # two rows at a time
+    monkeypatch.setattr(neighbours, "_ROWS", 1)
     blocks = [index for _, index in nearest(train, test, 5)]
     assert max(map(len, blocks)) == 2
     assert torch.equal(torch.cat(blocks), whole)
@@ -159,6 +160,21 @@ def test_of_equally_near_rows_the_first_are_taken_and_come_first():
     assert next(iter(nearest(train, train[:1], 60)))[1][0].tolist() == sorted(
         range(60), key=lambda i: (-train[i] @ train[0], i)
     )
+
+
+@pytest.mark.parametrize("columns", [7, 61, 403])
+def test_the_largest_of_long_rows_are_those_of_a_plain_sort(columns):
+    """Few values, so that equals lie at every place; and values that are all different."""
+    generator = torch.Generator().manual_seed(columns)
+    few = torch.randint(0, 9, (20, columns), generator=generator).float()
+    for rows in (few, torch.rand(20, columns, generator=generator), few * 0):
+        for k in (1, 6, columns):
+            values, index = neighbours._first(rows, k)
+            for row, value, place in zip(
+                *map(torch.Tensor.tolist, (rows, values, index)), strict=True
+            ):
+                expected = sorted(range(columns), key=lambda i: (-row[i], i))[:k]
+                assert place == expected and value == [row[i] for i in expected]
 
 
 def test_a_row_that_must_not_find_itself_finds_the_others():

@@ -196,6 +196,22 @@ def test_two_runs_compare(tmp_path: Path) -> None:
     assert "do not compare" not in said
 
 
+def test_several_runs_compare_by_the_clock_and_reading_against_reading(tmp_path: Path) -> None:
+    """Step 100 of 32 images is done after 3,200 / 667.3 seconds; half as fast, twice as late."""
+    runs = [make_run(tmp_path / name) for name in ("quick", "slow")]
+    for run, linear, rate in zip(runs, (61.5, 64.25), (667.3, 333.65), strict=True):
+        summary = json.loads((run / "summary.json").read_text())
+        summary |= {"linear": {"top1": linear, "protocol": {}}, "images_per_second": rate}
+        (run / "summary.json").write_text(json.dumps(summary))
+    text, page = report(*runs)
+    assert "k-NN accuracy by the clock" in text and "Linear classifier against k-NN" in text
+    assert "quick, second 5: 58.8" in text and "slow, second 10: 58.8" in text
+    assert "quick, k-NN percent 59: 61.5" in text and "slow, k-NN percent 59: 64.2" in text
+    assert "Linear, %" in words(page) and "64.2" in words(page)
+    alone, _ = report(runs[0])
+    assert "by the clock" not in alone and "against k-NN" not in alone
+
+
 def test_runs_read_by_different_protocols_are_not_compared_silently(tmp_path: Path) -> None:
     first = make_run(tmp_path / "first")
     knn = {"untrained": 1.0, "trained": 2.0, "protocol": {**PROTOCOL, "k": 200}}

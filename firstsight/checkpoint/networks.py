@@ -13,6 +13,7 @@ import torch
 
 from firstsight import backbones
 from firstsight.backbones import Backbone
+from firstsight.backbones.cifar import DEPTHS
 from firstsight.checkpoint.foreign import Foreign
 from firstsight.errors import UserError
 
@@ -140,6 +141,9 @@ def _described(foreign: Foreign, where: str) -> tuple[str, str, int, tuple[str, 
     if "patch_embed.proj.weight" in foreign.weights:
         name, size = _transformer(foreign, where, notes)
         return name, "standard", size, tuple(notes)
+    if foreign.weights.get("conv1.weight", torch.empty(0)).shape == (16, 3, 3, 3):
+        notes.append("shortcuts without weights: every second pixel, padded with zeros")
+        return _cifar_resnet(foreign, where), "standard", 32, tuple(notes)
     name, stem = _resnet(foreign, where), "standard"
     if foreign.weights.get("conv1.weight", torch.empty(0)).shape[-1:] == (3,):
         stem = "small"
@@ -155,11 +159,27 @@ def _described(foreign: Foreign, where: str) -> tuple[str, str, int, tuple[str, 
     return name, stem, 32 if stem == "small" else 224, tuple(notes)
 
 
+def _cifar_resnet(foreign: Foreign, where: str) -> str:
+    stages = _blocks(foreign)
+    for name, blocks in DEPTHS.items():
+        if stages == (blocks, blocks, blocks, 0):
+            return name
+    raise UserError(
+        f"{where} ({foreign.name}) holds a ResNet of {stages} blocks a stage that begins with 16"
+        f" channels; there are {', '.join(DEPTHS)}"
+    )
+
+
+def _blocks(foreign: Foreign) -> tuple[int, ...]:
+    """Blocks of each of four stages."""
+    places = [re.match(r"layer(\d)\.(\d+)\.", key) for key in foreign.weights]
+    last = {int(p[1]): int(p[2]) for p in sorted(filter(None, places), key=lambda p: int(p[2]))}
+    return tuple(last.get(stage, -1) + 1 for stage in range(1, 5))
+
+
 def _resnet(foreign: Foreign, where: str) -> str:
     weights = foreign.weights
-    places = [re.match(r"layer(\d)\.(\d+)\.", key) for key in weights]
-    last = {int(p[1]): int(p[2]) for p in sorted(filter(None, places), key=lambda p: int(p[2]))}
-    stages = tuple(last.get(stage, -1) + 1 for stage in range(1, 5))
+    stages = _blocks(foreign)
     name = _RESNETS.get(("layer1.0.conv3.weight" in weights, stages))
     shapes = {key: tuple(weights[key].shape) for key in weights}
     first = shapes.get("conv1.weight", ())

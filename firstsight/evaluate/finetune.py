@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from firstsight import distributed, keyed, parallel
 from firstsight.backbones import Backbone
 from firstsight.errors import UserError, require_positive, require_share, unknown
-from firstsight.evaluate.linear import crops, prepared, refuse_uneven
+from firstsight.evaluate.linear import crops, refuse_uneven
 from firstsight.evaluate.opened import opened
 from firstsight.features import Reader, extract
-from firstsight.heads import Heads
+from firstsight.heads import Heads, prepared
 from firstsight.loader import Steps, batches, normalised
 from firstsight.log import Meter
 from firstsight.nets import cast_to

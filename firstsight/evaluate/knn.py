@@ -13,18 +13,23 @@ from torch import Tensor
 from firstsight import distributed, keyed, methods
 from firstsight.backbones import Layer
 from firstsight.errors import UserError
-from firstsight.features import Features, Reader, extract, refuse_unusable, subset
+from firstsight.evaluate.repeated import repeated
+from firstsight.features import Reader, extract, refuse_unusable, subset
 from firstsight.log import say
 from firstsight.metrics import (
     Metric,
     Representation,
     Weighting,
+    accuracies,
+    confused,
+    confusion,
+    first_five,
     nearest,
     represented,
     voted_accuracy,
 )
-from firstsight.sources import Source, UnreadableImage, fetch, open_source
-from firstsight.sources.base import common_labels
+from firstsight.sources import fetch, open_source
+from firstsight.sources.base import class_count, common_labels
 
 KS = (1, 5, 20, 200)
 """Numbers of neighbours where none are asked for; those beyond the bank are left out."""
@@ -62,9 +67,10 @@ def knn(
     of the bank, drawn by `seed`. Exact over all pairs; of equally near images the first counts, of
     equally voted classes the lowest. `representation` (None: norm with cosine, original with
     Euclidean) and `shift_batch` are those of `metrics.represented`. `choose_k` names the best k by
-    classifying training images by the other ones. Test images that are in the bank too, pixel for
+    classifying training images by the other ones. `confusion` and `worst_classes` are those of the
+    `best` k. Test images that are in the bank too, pixel for
     pixel, are counted in `repeated` where their features find each other. Raises `UserError` where
-    labels are missing or a k is larger than the bank.
+    labels are missing or of one class alone, or a k is larger than the bank.
     """
     began = time.perf_counter()
     where = distributed.start(device, threads)
@@ -88,7 +94,9 @@ def knn(
     voting = (ks, weighting, temperature, metric)
     first: list[tuple[Tensor, Tensor]] = []
     found = _kept(nearest(rows, query_rows, ks[-1], metric), first)
-    figures = voted_accuracy(found, bank.labels(labels), queries.labels(asked_labels), *voting)
+    truth, classes = queries.labels(asked_labels), class_count(source)
+    voted = first_five(found, bank.labels(labels), classes, *voting)
+    figures = {one: accuracies(voted[one], truth) for one in ks}
     best = max(ks, key=lambda one: figures[one]["top1"])
     chosen = {}
     if choose_k:
@@ -119,9 +127,10 @@ def knn(
         "k": {str(one): figures[one] for one in ks},
         "best": {"k": best, "top1": figures[best]["top1"], "chosen_on": "the test images"},
         **chosen,
+        **confused(confusion(truth, voted[best][:, 0], classes), source.classes),
         "images": {"train": len(bank.values), "test": len(queries.values)},
         "unreadable": {"train": bank.unreadable, "test": queries.unreadable},
-        "repeated": _repeated(source, asked, bank, queries, torch.cat([i for _, i in first])),
+        "repeated": repeated(source, asked, bank, queries, torch.cat([i for _, i in first])),
         "seconds": round(time.perf_counter() - began, 1),
     }
 
@@ -166,22 +175,3 @@ def _cross_validated(
     own = torch.from_numpy(np.sort(random.permutation(len(rows))[:CROSS_VALIDATED]))
     found = nearest(rows, rows[own], ks[-1], metric, own=own)
     return voted_accuracy(found, labels, labels[own], ks, weighting, temperature, metric)
-
-
-def _repeated(
-    source: Source, asked: Source, bank: Features, queries: Features, nearest_rows: Tensor
-) -> int:
-    """Test images that are their own nearest training image, pixel for pixel; said if there are."""
-    near = bank.values[nearest_rows]
-    alike = (near - queries.values).norm(dim=1) <= 1e-3 * queries.values.norm(dim=1)
-    count = 0
-    for row in alike.nonzero()[:, 0].tolist():
-        here, there = int(queries.index[row]), int(bank.index[nearest_rows[row]])
-        try:
-            count += np.array_equal(asked.pixels(here), source.pixels(there))
-        except UnreadableImage:  # it could be read a moment ago
-            continue
-    if count:
-        share = 100 * count / len(queries.values)
-        say(f"{count} test images ({share:.1f} %) are training images too: the figures flatter")
-    return count

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firstsight import distributed, keyed
@@ -28,10 +27,12 @@ from firstsight.backbones import Backbone
 from firstsight.errors import UserError
 from firstsight.evaluate.opened import opened
 from firstsight.evaluate.protocols import Protocol, Representation, overridden, stated
+from firstsight.evaluate.repeated import repeated
 from firstsight.features import Reader, Seen, extract, pooled, refuse_unusable
-from firstsight.heads import Descent, Heads
+from firstsight.heads import Descent, Heads, prepared
 from firstsight.loader import Steps, batches
 from firstsight.log import Meter, say
+from firstsight.metrics import confused, confusion, nearest
 from firstsight.order import Epochs
 from firstsight.sources.base import Source
 from firstsight.views import Interpolation, Views
@@ -74,7 +75,8 @@ def linear(
 
     `protocol` names where all numbers start (`PROTOCOLS`); what is given wins. Fewer `epochs`
     shorten the warm-up, and move the drops, with them. `size` 0 takes the side the backbone was
-    pretrained with. Raises `UserError` where labels are missing.
+    pretrained with. Test images that were learnt from, pixel for pixel, are counted in `repeated`
+    (with cached features). Raises `UserError` where labels are missing.
     """
     began = time.perf_counter()
     given = {
@@ -116,6 +118,9 @@ def linear(
             bank = extract(backbone, source, reader)
             seen = Seen(bank.values, bank.labels(labels), *test_rows)
             figures, bad = cached(seen, classes, how, seed), bank.unreadable
+            near = torch.cat([index for _, index in nearest(bank.values, queries.values, 1)])
+            figures["repeated"] = repeated(source, asked, bank, queries, near[:, 0])
+    table = confusion(test_rows[1], figures.pop("predicted"), classes)
     return {
         "protocol": {
             "checkpoint": checkpoint_spec,
@@ -126,6 +131,7 @@ def linear(
             "seed": seed,
         },
         **figures,
+        **confused(table, source.classes),
         "images": {"train": len(source) - bad, "test": len(queries.values)},
         "unreadable": {"train": bad, "test": queries.unreadable},
         "seconds": round(time.perf_counter() - began, 1),
@@ -341,7 +347,10 @@ def read(
     test: Tensor,
     test_labels: Tensor,
 ) -> dict[str, Any]:
-    """Train one head and read it on the test rows after every epoch; the last one counts."""
+    """Train one head and read it on the test rows after every epoch; the last one counts.
+
+    `predicted` (M,) are the classes that it then gives them.
+    """
     (setting,) = settings
     curve = [
         heads.judged(test, test_labels)[0]
@@ -357,6 +366,7 @@ def read(
         "best_top1": curve[best]["top1"],
         "best_epoch": best + 1,
         "best_chosen_on": "the test images",
+        "predicted": heads.predicted(test)[:, 0],
     }
 
 
@@ -370,34 +380,3 @@ def _heads(
 ) -> Heads:
     heads = Heads(len(settings), width, classes, seed=seed, std=how.init_std, prepare=prepare)
     return heads.to(distributed.device())
-
-
-def prepared(features: Tensor, representation: Representation) -> nn.Module:
-    """What features go through before the classifier; `standard` takes its statistics from these.
-
-    It can be taken over the held-out rows too: no label is in it.
-    """
-    if representation == "norm":
-        return _Unit()
-    return _Standard(features) if representation == "standard" else nn.Identity()
-
-
-class _Unit(nn.Module):
-    def forward(self, features: Tensor) -> Tensor:
-        return F.normalize(features, dim=1)
-
-
-class _Standard(nn.Module):
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, features: Tensor) -> None:
-        super().__init__()
-        std, mean = torch.std_mean(features, dim=0, correction=0)
-        # a feature that is constant but for rounding says nothing, and must not be blown up
-        varies = std > 1e-6 * mean.abs()
-        self.register_buffer("mean", mean)
-        self.register_buffer("scale", torch.where(varies, 1 / std, 0.0))
-
-    def forward(self, features: Tensor) -> Tensor:
-        return (features - self.mean) * self.scale

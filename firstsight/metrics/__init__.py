@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from firstsight.metrics.confusion import class_ious, confused, confusion, worst_classes
 from firstsight.metrics.lie import (
     Distractors,
     alignment,
@@ -20,6 +21,8 @@ from firstsight.metrics.neighbours import (
     Metric,
     Representation,
     Weighting,
+    accuracies,
+    first_five,
     knn_accuracy,
     knn_predict,
     nearest,
@@ -35,10 +38,15 @@ __all__ = [
     "Metric",
     "Representation",
     "Weighting",
+    "accuracies",
     "alignment",
     "class_alignment",
+    "class_ious",
+    "confused",
+    "confusion",
     "effective_rank",
     "feature_std",
+    "first_five",
     "instance_accuracy",
     "instance_ranks",
     "knn_accuracy",
@@ -54,4 +62,5 @@ __all__ = [
     "uniformity",
     "voted_accuracy",
     "votes",
+    "worst_classes",
 ]

@@ -16,8 +16,13 @@ Metric = Literal["cosine", "euclidean"]
 Weighting = Literal["softmax", "distance", "uniform"]
 Representation = Literal["original", "norm", "shift-norm"]
 
-_CHUNK_BYTES = 2**28
-"""Bound on one block of the test x train matrix."""
+_CHUNK_BYTES = 2**25
+"""Bound on one block of the test x train matrix, unless that is less than `_ROWS`: it is looked
+through while it is still in the cache."""
+_ROWS = 128
+"""Fewer rows than that would make the matrix product wait for memory."""
+_GROUP = 4
+"""Columns of which the largest stands for all in the search for the largest of a row."""
 
 
 def nearest(
@@ -36,10 +41,11 @@ def nearest(
     if metric == "cosine":
         train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     k = min(k, len(train) - (own is not None))
-    rows = max(1, _CHUNK_BYTES // (4 * len(train)))
+    rows = min(max(_ROWS, _CHUNK_BYTES // (4 * len(train))), max(1, len(test)))
+    room = train.new_empty(rows, len(train)) if metric == "cosine" else None
     for start, block in zip(range(0, len(test), rows), torch.split(test, rows), strict=True):
-        if metric == "cosine":
-            closeness = block @ train.T
+        if room is not None:  # asking for fresh memory costs more than the search in it
+            closeness = torch.mm(block, train.T, out=room[: len(block)])
         else:
             closeness = -torch.cdist(block, train, compute_mode="donot_use_mm_for_euclid_dist")
         if own is not None:
@@ -49,17 +55,37 @@ def nearest(
 
 def _first(closeness: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row (m, N), and where they are; of equal ones the first first."""
-    values, index = closeness.topk(min(k + 1, closeness.shape[1]), dim=1)
-    # which of equals `topk` takes is left open: where the cut falls between equals, sort it all
+    values, index = _largest(closeness, min(k + 1, closeness.shape[1]))
+    # which of equals is taken is left open: where the cut falls between equals, sort it all
     cut = values[:, k - 1 : -1].eq(values[:, k:]).any(dim=1)
     values, index = values[:, :k], index[:, :k]
     if cut.any():
         again, place = closeness[cut].sort(dim=1, descending=True, stable=True)
         values[cut], index[cut] = again[:, :k], place[:, :k]
-    by_place = index.argsort(dim=1)
-    order = values.gather(1, by_place).argsort(dim=1, descending=True, stable=True)
-    order = by_place.gather(1, order)
-    return values.gather(1, order), index.gather(1, order)
+    equal = values[:, 1:].eq(values[:, :-1]).any(dim=1)
+    if equal.any():
+        by_place, order = index[equal].sort(dim=1)
+        again, order = values[equal].gather(1, order).sort(dim=1, descending=True, stable=True)
+        values[equal], index[equal] = again, by_place.gather(1, order)
+    return values, index
+
+
+def _largest(rows: Tensor, k: int, ordered: bool = True) -> tuple[Tensor, Tensor]:
+    """`topk` of each row (m, N); a third of its time where rows are long.
+
+    The k largest lie in the k groups of columns whose own largest are the largest; of equal ones
+    they may be others than `topk` takes.
+    """
+    groups = rows.shape[1] // _GROUP
+    if groups < 2 * k:
+        return rows.topk(k, dim=1, sorted=ordered)
+    grouped = rows[:, : groups * _GROUP].view(len(rows), _GROUP, groups)
+    _, best = _largest(grouped.amax(dim=1), k, ordered=False)  # (m, k)
+    members = torch.arange(_GROUP, device=rows.device)[:, None] * groups  # (G, 1)
+    rest = torch.arange(groups * _GROUP, rows.shape[1], device=rows.device).expand(len(rows), -1)
+    columns = torch.cat([(best[:, None] + members).flatten(1), rest], dim=1)  # (m, G k + rest)
+    values, place = rows.gather(1, columns).topk(k, dim=1, sorted=ordered)
+    return values, columns.gather(1, place)
 
 
 def votes(
@@ -186,18 +212,33 @@ def voted_accuracy(
 ) -> dict[int, dict[str, float]]:
     """`knn_accuracy` from the neighbours that `nearest` found."""
     classes = int(max(labels.max(), test_labels.max())) + 1
-    hits = {k: [0, 0] for k in ks}
-    done = 0
+    first = first_five(found, labels, classes, ks, weighting, temperature, metric)
+    return {k: accuracies(first[k], test_labels) for k in ks}
+
+
+def first_five(
+    found: Iterable[tuple[Tensor, Tensor]],
+    labels: Tensor,
+    classes: int,
+    ks: Sequence[int],
+    weighting: Weighting = "softmax",
+    temperature: float = 0.07,
+    metric: Metric = "cosine",
+) -> dict[int, Tensor]:
+    """For each k the five classes (M, 5) with the most votes, from what `nearest` found."""
+    first: dict[int, list[Tensor]] = {k: [] for k in ks}
     for closeness, index in found:
-        truth = test_labels[done : done + len(index), None]
-        done += len(index)
         for k in ks:
             near = labels[index[:, :k]]
             summed = votes(closeness[:, :k], near, classes, weighting, temperature, metric)
-            correct = ranked(summed)[:, :5] == truth
-            hits[k][0] += int(correct[:, 0].sum())
-            hits[k][1] += int(correct.any(dim=1).sum())
+            first[k].append(ranked(summed)[:, :5])
+    return {k: torch.cat(parts) for k, parts in first.items()}
+
+
+def accuracies(first: Tensor, truth: Tensor) -> dict[str, float]:
+    """Percent of rows whose class is the first (`top1`) or one (`top5`) of `first` (M, 5)."""
+    correct = first == truth[:, None]
     return {
-        k: {"top1": 100 * first / done, "top5": 100 * five / done}
-        for k, (first, five) in hits.items()
+        "top1": 100 * float(correct[:, 0].double().mean()),
+        "top5": 100 * float(correct.any(dim=1).double().mean()),
     }

@@ -13,6 +13,8 @@ from html import escape
 
 Point = tuple[float, float]
 
+PERCENT = "\N{NO-BREAK SPACE}%"
+
 COLOURS = 8
 """Colours in the style sheet; a ninth run takes the first colour again, dashed."""
 
@@ -44,10 +46,10 @@ def chart(
     level: tuple[float, str] | None = None,
     large: bool = False,
     until: float = 0,
-    over: str = "step",
+    axis: str = "step",
     ends: bool = True,
 ) -> str:
-    """A figure of the series over steps; empty where none of them has a finite value.
+    """A figure of the series over steps, or another `axis`; empty where no value is finite.
 
     `smooth` draws the points thin and their trend bold; `marked` puts a marker on each
     point; `level` is a dashed horizontal line and what it means; `note` explains the figure;
@@ -79,12 +81,12 @@ def chart(
         else:
             parts.append(_line(decimated(s.points), at, look))
     for s in drawn if marked else ():
-        parts += [_marker(s, point, at, unit) for point in finite(s.points)]
+        parts += [_marker(s, point, at, unit, axis) for point in finite(s.points)]
     labels = [
         f'<span class="y" style="top:{(high - t) / (high - low):.2%}">{told(t, ticks)}</span>'
         for t in ticks
     ]
-    labels += [_x_label(t, last, x_ticks, over if large else "") for t in x_ticks]
+    labels += [_x_label(t, last, x_ticks, large, axis) for t in x_ticks]
     if level:
         top = (high - level[0]) / (high - low)
         labels.append(f'<span class="at" style="top:{top:.2%}">{escape(level[1])}</span>')
@@ -93,7 +95,7 @@ def chart(
     return (
         f'<figure class="chart{" large" if large else ""}">{caption}<div class="plot">'
         f'<svg viewBox="0 0 {_SIDE} {_SIDE}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(_in_words(title, drawn, unit, over))}">{"".join(parts)}</svg>'
+        f'aria-label="{escape(_in_words(title, drawn, unit, axis))}">{"".join(parts)}</svg>'
         f"{''.join(labels)}</div>{below}</figure>\n"
     )
 
@@ -232,10 +234,10 @@ def _line(points: Sequence[Point], at: Callable[[Point], str], look: str) -> str
     return f'<path class="line {look}" d="{"".join(path)}{ends}"/>'
 
 
-def _marker(s: Series, point: Point, at: Callable[[Point], str], unit: str) -> str:
+def _marker(s: Series, point: Point, at: Callable[[Point], str], unit: str, axis: str) -> str:
     # dots are strokes of no length with round caps: circles would stretch with the drawing
     look = f"c{s.colour % COLOURS}"
-    said = f"{s.label}, step {point[0]:,.0f}: {brief(point[1])}{unit}"
+    said = f"{s.label}, {axis} {point[0]:,.0f}: {brief(point[1])}{unit}"
     said += ", quick" if point[0] in s.hollow else ""
     inner = f'<path class="hole" d="M{at(point)}h0"/>' if point[0] in s.hollow else ""
     return (
@@ -243,11 +245,11 @@ def _marker(s: Series, point: Point, at: Callable[[Point], str], unit: str) -> s
     )
 
 
-def _x_label(tick: float, last: float, ticks: Sequence[float], over: str) -> str:
+def _x_label(tick: float, last: float, ticks: Sequence[float], large: bool, axis: str) -> str:
     place = tick / last
     text = f"{tick:,.0f}" if ticks[-1] < 1e5 else told(tick, ticks)
-    if over and tick == 0:
-        return f'<span class="x first" style="left:0">{over} 0</span>'
+    if large and tick == 0:
+        return f'<span class="x first" style="left:0">{escape(axis)} 0</span>'
     return (
         f'<span class="x{" last" if place > 0.97 else ""}" style="left:{place:.2%}">{text}</span>'
     )
@@ -279,12 +281,12 @@ def swatch(colour: int) -> str:
     return f'<i class="swatch c{colour % COLOURS}{dashed}"></i>'
 
 
-def _in_words(title: str, series: Sequence[Series], unit: str, over: str) -> str:
+def _in_words(title: str, series: Sequence[Series], unit: str, axis: str) -> str:
     said = []
     for s in series:
         (start, first), (end, last) = finite(s.points)[0], finite(s.points)[-1]
         said.append(
-            f"{s.label}: {brief(first)}{unit} at {over} {start:,.0f}, "
-            f"{brief(last)}{unit} at {over} {end:,.0f}"
+            f"{s.label}: {brief(first)}{unit} at {axis} {start:,.0f}, "
+            f"{brief(last)}{unit} at {axis} {end:,.0f}"
         )
-    return f"{title} over {over}s. {'; '.join(said)}."
+    return f"{title} over {axis}s. {'; '.join(said)}."

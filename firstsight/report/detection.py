@@ -103,7 +103,7 @@ def _of_classes(run: Run) -> str:
 
 
 def _chart(title: str, series: Sequence[Series]) -> str:
-    return chart(title, series, over="recall", ends=False, from_zero=True, large=True, until=100)
+    return chart(title, series, axis="recall", ends=False, from_zero=True, large=True, until=100)
 
 
 def _points(values: Sequence[float]) -> list[tuple[float, float]]:

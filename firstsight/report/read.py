@@ -41,6 +41,8 @@ class Run:
     captions: dict[str, str]
     curves: dict[str, Any]
     """Of a detector, precision over recall; else empty."""
+    map: dict[str, Any]
+    """What `firstsight diagnose --map` drew of it; empty where it did not."""
 
     def curve(self, name: str) -> list[tuple[float, float]]:
         """(step, value) of a scalar, where it was logged; null counts as not a number."""
@@ -87,6 +89,18 @@ class Run:
             return float(self.summary["images_per_second"])
         rates = [v for _, v in self.curve("images_per_second") if math.isfinite(v) and v > 0]
         return len(rates) / sum(1 / rate for rate in rates) if rates else None
+
+    def seconds(self, step: float) -> float | None:
+        """When a step was done, from the start of training; at the rate of the whole run."""
+        batch = _number(self.settings.get("batch-size"), 0)
+        return step * batch / self.rate if self.rate else None
+
+    @property
+    def linear(self) -> float | None:
+        """The linear classifier after training, percent; None where there was none."""
+        found = self.summary.get("linear")
+        value = found.get("top1") if isinstance(found, dict) else None
+        return float(value) if _is_finite(value) else None
 
     @property
     def bad_images(self) -> int:
@@ -178,6 +192,7 @@ def _read(folder: Path, label: str) -> Run:
         about=_json(folder / "backbone.json"),
         readings={path.stem: _reading(path) for path in sorted(folder.glob("readings/*.json"))},
         pictures=_pictures(folder / "pictures"),
+        map=_map(folder / "pictures" / "map.json"),
         captions={name: text for name, text in captions.items() if isinstance(text, str)},
         curves=_json(folder / "curves.json"),
     )
@@ -212,6 +227,13 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it and report again") from None
     return value if isinstance(value, dict) else {}
+
+
+def _map(path: Path) -> dict[str, Any]:
+    found = _json(path)
+    if not path.exists() or {"points", "thumbnails", "names", "images", "how"} <= set(found):
+        return found
+    raise UserError(f"{path} is damaged (no points in it); remove it and report again")
 
 
 def _reading(path: Path) -> list[tuple[float, float]]:

@@ -51,6 +51,11 @@ def table(
     )
 
 
+def section(title: str, content: str) -> str:
+    """A part of the page under its title; nothing where there is nothing."""
+    return f"<section>\n<h2>{title}</h2>\n{content}</section>\n" if content else ""
+
+
 def readings(runs: Sequence[Run]) -> str:
     """For each kind of reading its figures, and everything that they depend on."""
     kinds = dict.fromkeys(
