@@ -8,6 +8,8 @@ make views brighter by half a level in each operation.
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Literal, cast
 
 import cv2
@@ -16,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from firstsight.views import IMAGENET_MEAN, Interpolation
+from firstsight.views.batched import weights
 from firstsight.views.draw import BRIGHTNESS, CONTRAST, SATURATION, Drawn
 
 Pixels = NDArray[np.uint8]
@@ -23,10 +26,13 @@ Pixels = NDArray[np.uint8]
 
 Crop = Literal["centre", "whole"]
 
-_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601-2, as Pillow and OpenCV weigh the channels
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow and OpenCV weigh the channels
 
 # Added before OpenCV rounds, so that it cuts fractions off; short of a half, for whole numbers.
 _CUT = -0.499
+
+_TINY = 48
+"""Up to so many pixels a side of image and result, products of matrices resize fastest."""
 
 _HUES = np.arange(256) * (255 / 256)
 
@@ -66,7 +72,7 @@ def apply(
         gaussian_blur(view, float(drawn.sigmas[b, v]), view)
     if drawn.solarize[b, v]:
         solarize(view, view)
-    if drawn.hidden[b, v].any():
+    if np.count_nonzero(drawn.hidden[b, v]):  # ten times as fast as any()
         hide(view, drawn.hidden[b, v], mean)
     return view
 
@@ -102,6 +108,8 @@ def resize(
         # Enlarging needs no antialiasing, and OpenCV is five times as fast on small images. Its
         # bicubic is out: another kernel (a = -0.75) than that of Pillow and torch (-0.5).
         cv2.resize(pixels, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
+    elif max(*pixels.shape[:2], height, width) <= _TINY:
+        _by_products(pixels, width, height, interpolation, out)
     else:
         # torch warns of memory that it must not write, such as that of a packed file.
         source = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
@@ -115,6 +123,30 @@ def resize(
             resized = _antialiased(resized, height, pixels.shape[1], interpolation)
         out[...] = _antialiased(resized, height, width, interpolation)[0].permute(1, 2, 0).numpy()
     return out
+
+
+def _by_products(
+    pixels: Pixels, width: int, height: int, interpolation: Interpolation, out: Pixels
+) -> None:
+    """Along the rows, then along the columns, as Pillow goes, each as one product of matrices."""
+    high, wide = pixels.shape[:2]
+    columns = cv2.transpose(pixels).reshape(wide, high * 3).astype(np.float32)
+    across = _levels(_line_weights(wide, width, interpolation) @ columns)
+    rows = cv2.transpose(across.reshape(width, high, 3)).reshape(high, width * 3)
+    down = _line_weights(high, height, interpolation) @ rows.astype(np.float32)
+    out[...] = _levels(down).reshape(height, width, 3)
+
+
+@functools.lru_cache(maxsize=4 * _TINY**2)
+def _line_weights(length: int, size: int, interpolation: Interpolation) -> NDArray[np.float32]:
+    """(size, length): row i weighs the pixels of a line that make pixel i of the result."""
+    ends = torch.tensor([[0.0], [length]], dtype=torch.double)
+    return np.asarray(weights(ends[0], ends[1], length, size, interpolation)[0].numpy())
+
+
+def _levels(values: NDArray[np.float32]) -> Pixels:
+    """The nearest levels, 0 to 255, in one go."""
+    return _array(cv2.addWeighted(values, 1, values, 0, 0, dtype=cv2.CV_8U))
 
 
 def _antialiased(
@@ -135,7 +167,8 @@ def adjust_contrast(pixels: Pixels, factor: float, out: Pixels | None = None) ->
 
     Reference: Pillow's ImageEnhance, whose mean is that of the greyscale image, rounded.
     """
-    mean = int(_LUMA @ cv2.mean(pixels)[:3] + 0.5)
+    red, green, blue, _ = cv2.mean(pixels)  # plain numbers: small arrays cost more than small views
+    mean = int(_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue + 0.5)
     shift = (1.0 - factor) * mean + _CUT
     return _array(
         cv2.transform(
@@ -152,7 +185,7 @@ def adjust_saturation(pixels: Pixels, factor: float, out: Pixels | None = None) 
     Reference: Pillow's ImageEnhance.
     """
     # OpenCV rounds the matrix to 1/1024. Rows must still sum to 1, or grey pixels take on colour.
-    red, green, blue = (np.rint((1.0 - factor) * _LUMA * 1024) / 1024).tolist()
+    red, green, blue = (round((1.0 - factor) * part * 1024) / 1024 for part in _LUMA)
     own = 1.0 - red - green - blue
     return _array(
         cv2.transform(
@@ -182,7 +215,10 @@ def adjust_hue(pixels: Pixels, shift: float, out: Pixels | None = None) -> Pixel
         return out
     hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
     # The trap: into HSV, OpenCV makes 256 steps of a turn; out of it, it reads 255.
-    table = np.rint((_HUES + shift * 255) % 255).astype(np.uint8)
+    turn = shift % 1 * 255
+    table = _HUES + turn
+    table[math.ceil((255 - turn) * 256 / 255) :] -= 255
+    table = np.rint(table).astype(np.uint8)
     cv2.insertChannel(cv2.LUT(cv2.extractChannel(hsv, 0), table), hsv, 0)
     return _array(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL, dst=out))
 

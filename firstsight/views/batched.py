@@ -137,13 +137,13 @@ def crop_resize(
     """
     height, width = images.shape[-2:]
     boxes = boxes.double()
-    across = _weights(boxes[:, 0], boxes[:, 2], width, size, interpolation)
-    down = _weights(boxes[:, 1], boxes[:, 3], height, size, interpolation)
+    across = weights(boxes[:, 0], boxes[:, 2], width, size, interpolation)
+    down = weights(boxes[:, 1], boxes[:, 3], height, size, interpolation)
     rows = _level(_rows(images.float(), _moved(across, images)))  # whole, as Pillow has them
     return _level(_columns(rows, _moved(down, images))).to(torch.uint8)
 
 
-def _weights(
+def weights(
     first: Tensor, last: Tensor, length: int, size: int, interpolation: Interpolation
 ) -> Tensor:
     """(B, size, length): row i weighs the pixels of a line that make pixel i of the result."""
