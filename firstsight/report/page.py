@@ -9,6 +9,7 @@ from importlib.resources import files
 
 from firstsight.report.answers import answers
 from firstsight.report.came_out import header
+from firstsight.report.confused import confusions
 from firstsight.report.looks import all_pictures, script
 from firstsight.report.read import Run
 from firstsight.report.tables import differences, readings, section, settings, typed
@@ -30,7 +31,7 @@ def page(runs: Sequence[Run]) -> str:
         section("In short", _answers(runs)),
         section("Curves", curves(runs)),
         *all_pictures(runs),
-        section("Readings", readings(runs)),
+        section("Readings", readings(runs) + confusions(runs)),
         section("Settings", settings(lone) if lone else differences(runs)),
         section("Use it", "".join(_use(run, alone=lone is not None) for run in runs)),
     ]
