@@ -212,6 +212,22 @@ def test_several_runs_compare_by_the_clock_and_reading_against_reading(tmp_path:
     assert "by the clock" not in alone and "against k-NN" not in alone
 
 
+def test_the_worst_classes_of_the_last_snapshot_are_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    worst = {"class": "<cat>", "images": 8, "top1": 12.5, "taken_for": "dog", "times": 7}
+    last = {"step": 90, "top1": 55.0, "worst_classes": [worst]}
+    last["confusion"] = {"classes": ["<cat>", "dog"], "table": [[1, 7], [0, 8]]}
+    (run / "readings").mkdir()
+    (run / "readings" / "knn.json").write_text(json.dumps([{"step": 10, "top1": 30.0}, last]))
+    text, page = report(run)
+    said = words(page)
+    assert "Classes found least often, knn at step 90" in said and "<cat>" not in text
+    assert "<cat> 12.5 8 dog (7)" in " ".join(re.sub("<[^>]+>", " ", text).split()).replace(
+        "&lt;cat&gt;", "<cat>"
+    )
+    assert "Confusion of knn" in said and "88%, transparent" in text  # 7 of 8
+
+
 def test_runs_read_by_different_protocols_are_not_compared_silently(tmp_path: Path) -> None:
     first = make_run(tmp_path / "first")
     knn = {"untrained": 1.0, "trained": 2.0, "protocol": {**PROTOCOL, "k": 200}}

@@ -36,6 +36,8 @@ class Run:
     """backbone.json; empty while the run is not finished."""
     readings: dict[str, list[tuple[float, float]]]
     """(step, percent) of the readings that were taken of the run's snapshots, by name."""
+    latest: dict[str, dict[str, Any]]
+    """The whole reading of the last snapshot, by name."""
     pictures: dict[str, str]
     """Pictures by name, as data URIs."""
     captions: dict[str, str]
@@ -180,6 +182,7 @@ def _read(folder: Path, label: str) -> Run:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {folder / 'log.jsonl'} ({error}); restore it") from None
     records = [r for r in records if isinstance(r, dict) and _is_finite(r.get("step"))]
+    taken = {path.stem: (path, _results(path)) for path in sorted(folder.glob("readings/*.json"))}
     captions = _json(folder / "pictures" / "captions.json")
     return Run(
         path=folder,
@@ -190,7 +193,8 @@ def _read(folder: Path, label: str) -> Run:
         records=records,
         summary=_json(folder / "summary.json"),
         about=_json(folder / "backbone.json"),
-        readings={path.stem: _reading(path) for path in sorted(folder.glob("readings/*.json"))},
+        readings={name: _curve(found, path) for name, (path, found) in taken.items()},
+        latest={name: found[-1] for name, (_, found) in taken.items() if found},
         pictures=_pictures(folder / "pictures"),
         map=_map(folder / "pictures" / "map.json"),
         captions={name: text for name, text in captions.items() if isinstance(text, str)},
@@ -236,11 +240,20 @@ def _map(path: Path) -> dict[str, Any]:
     raise UserError(f"{path} is damaged (no points in it); remove it and report again")
 
 
-def _reading(path: Path) -> list[tuple[float, float]]:
+def _results(path: Path) -> list[dict[str, Any]]:
     try:
-        results = json.loads(path.read_text())
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it and report again") from None
+    if isinstance(found, list) and all(isinstance(one, dict) for one in found):
+        return found
+    raise UserError(f"{path} is damaged (no list of readings); remove it and report again")
+
+
+def _curve(results: list[dict[str, Any]], path: Path) -> list[tuple[float, float]]:
+    try:
         return [(float(one["step"]), float(_figure(one))) for one in results]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it and report again") from None
 
 

@@ -114,7 +114,7 @@ def _by_step(runs: Sequence[Run]) -> str:
         left=3 if several else 2,
     )
     opened = " open" if len(rows) <= _AT_A_GLANCE else ""
-    return _folded("All k-NN readings, step by step", shown, opened) if rows else ""
+    return folded("All k-NN readings, step by step", shown, opened) if rows else ""
 
 
 def settings(run: Run) -> str:
@@ -152,7 +152,7 @@ def _all_settings(run: Run, title: str) -> str:
         (f"<code>{escape(n)}</code>" + (_MARK if n in changed else ""), [_code(v)])
         for n, v in run.settings.items()
     ]
-    return _folded(title, table(["Setting", "Value"], rows, left=2))
+    return folded(title, table(["Setting", "Value"], rows, left=2))
 
 
 def _changed(run: Run) -> list[str]:
@@ -168,7 +168,8 @@ def _changed(run: Run) -> list[str]:
 _MARK = ' <span class="mark">differs</span>'
 
 
-def _folded(title: str, content: str, opened: str = "") -> str:
+def folded(title: str, content: str, opened: str = "") -> str:
+    """What is there for those who open it; `content` is HTML."""
     return f"<details{opened}><summary>{escape(title)}</summary>\n{content}</details>\n"
 
 
