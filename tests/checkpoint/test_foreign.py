@@ -431,5 +431,5 @@ def test_a_real_checkpoint_of_torchs_old_format_is_read_and_its_network_named():
     if not file.exists():
         pytest.skip("the real checkpoints are not beside the project")
     assert "module.linear.weight" in checkpoint.read(file)["state_dict"]
-    with pytest.raises(UserError, match=r"\(3, 3, 3, 0\) blocks a stage that begins with 16"):
-        checkpoint.load_backbone(str(file))
+    backbone, _ = checkpoint.load_backbone(str(file))
+    assert (backbone.name, backbone.width) == ("cifar_resnet20", 64)
