@@ -46,7 +46,7 @@ SMALLER = {
     "detect train": "--steps 2 --short-sides 48 --scales choice --channels 16 --rois 8",
 }
 PLACEHOLDERS = {"RUN": "runs/simclr-001", "SEED": "0"}
-NEEDS_MORE = re.compile(r"^torchrun|--device (cuda|mps)|--compile|torchvision:|--to onnx")
+NEEDS_MORE = re.compile(r"^torchrun|supervised\.th|--device (cuda|mps)|--compile|torchvision:|--to onnx")
 ADDED = "hypersphere"  # the method that a page adds: its commands are those of other tests below
 
 
