@@ -1,7 +1,8 @@
 """What the pages say is what the commands do.
 
 Pages are README.md and docs/*.md. A command is a line of a fenced `sh` or `console` block that
-begins with `firstsight` (in `console` after `$ `; other lines there are output) or with `torchrun`.
+begins with `firstsight` (in `console` after `$ `; other lines there are output) or with `torchrun`
+or `srun`.
 
 - The everyday part parses every command of every page: unknown flags, values of the wrong kind and
   unknown methods fail.
@@ -14,6 +15,7 @@ begins with `firstsight` (in `console` after `$ `; other lines there are output)
 
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -42,9 +44,13 @@ SMALLER = {
     "masks": "--threads 1 --device cpu",
     "diagnose": "--threads 1 --device cpu",
     "embed": "--threads 1 --device cpu",
+    "bench": "--backbone timm:test_resnet --size 32 --images 4 --machines 2 --threads 1 "
+    "--precision fp32 --layout contiguous --device cpu",
 }
 PLACEHOLDERS = {"RUN": "runs/simclr-001", "SEED": "0"}
-NEEDS_MORE = re.compile(r"^torchrun|--device (cuda|mps)|--compile|torchvision:|--to onnx")
+NEEDS_MORE = re.compile(
+    r"^torchrun|^srun|^firstsight launch|--device (cuda|mps)|--compile|torchvision:|--to onnx"
+)
 ADDED = "hypersphere"  # the method that a page adds: its commands are those of other tests below
 
 
@@ -60,7 +66,7 @@ def commands(page):
     for text in blocks(page, "sh", "console"):
         for line in text.replace("\\\n", " ").splitlines():
             line = line.removeprefix("$ ")
-            if line.startswith(("firstsight ", "torchrun ")):
+            if line.startswith(("firstsight ", "torchrun ", "srun ")):
                 found.append(shlex.split(line, comments=True))
     return found
 
@@ -82,7 +88,7 @@ def arguments(words):
     ("page", "words"), ALL, ids=[f"{page.stem}-{' '.join(words)[:60]}" for page, words in ALL]
 )
 def test_every_command_of_the_docs_is_understood(page, words, monkeypatch, capsys):
-    from firstsight import convert, data, diagnose, embed, evaluate, localize, report, run
+    from firstsight import convert, data, diagnose, embed, evaluate, localize, report, run, scale
 
     def reached(*_, **__):
         raise Reached
@@ -96,9 +102,11 @@ def test_every_command_of_the_docs_is_understood(page, words, monkeypatch, capsy
         report: ("write_report",),
         data: ("info", "pack", "subset", "verify", "views", "zip_up"),
         convert: ("read",),
+        scale: ("scale",),
     }.items():
         for name in names:
             monkeypatch.setattr(module, name, reached)
+    monkeypatch.setattr(os, "execv", lambda _, words: cli.main(arguments(words)))  # of launch
     monkeypatch.setattr(settings, "read_yaml", lambda path: {"data": "as in the file"})
     args = arguments(words)
     try:

@@ -44,15 +44,29 @@ def test_views_do_not_depend_on_the_number_of_workers():
             assert torch.equal(a, b)
 
 
-def test_ranks_share_out_the_batch_of_one_process():
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_out_the_batch_of_one_process(world):
     settings = config("simclr", "unused")
     order = Epochs(48, 8, 0)
     common = {"source": Patches(), "views": settings.views, "size": 32, "order": order, "seed": 0}
     whole = loader.Steps(**common, rank=0, world=1).batch(2)
-    parts = [loader.Steps(**common, rank=r, world=2).batch(2) for r in range(2)]
+    parts = [loader.Steps(**common, rank=r, world=world).batch(2) for r in range(world)]
     for v in range(2):
         assert torch.equal(whole.views[v], torch.cat([part.views[v] for part in parts]))
     assert torch.equal(whole.index, torch.cat([part.index for part in parts]))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 7])
+def test_ranks_look_at_every_image_once(world, monkeypatch):
+    """Also where there are fewer chunks than ranks, or the last is short."""
+    monkeypatch.setattr(distributed, "world", lambda: world)
+    for images in (1, 9, 26):
+        chunks = loader.Chunks(source=Patches(30), index=np.arange(images), size=16, batch_size=4)
+        seen = []
+        for rank in range(world):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            seen += [i for _, found in loader.chunks(chunks, 0) for i in found.tolist()]
+        assert sorted(seen) == list(range(images))
 
 
 def test_a_bad_file_is_named_and_replaced_by_always_the_same_one():
