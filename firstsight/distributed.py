@@ -121,8 +121,10 @@ def cores() -> int:
     """CPU cores that this rank may use: an equal share of those of its machine."""
     allowed = getattr(os, "sched_getaffinity", None)  # not on every platform
     here = len(allowed(0)) if allowed is not None else os.cpu_count() or 1
-    if "SLURM_CPUS_PER_TASK" in os.environ and "SLURM_PROCID" in os.environ:  # bound to its own
-        return max(1, min(here, int(os.environ["SLURM_CPUS_PER_TASK"])))
+    if "SLURM_CPUS_PER_TASK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return min(
+            here, int(os.environ["SLURM_CPUS_PER_TASK"])
+        )  # srun binds it to cores of its own
     return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 

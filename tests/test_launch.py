@@ -62,6 +62,21 @@ def test_other_processes_of_a_job_are_alone():
         slurm.variables(STEP | {"SLURM_TASKS_PER_NODE": "5,3"})
 
 
+def test_cores_are_those_of_the_task_or_shared_out_below_torchrun(monkeypatch):
+    def cores(here, **environment):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(here), raising=False)
+        with monkeypatch.context() as changed:
+            for name, value in environment.items():
+                changed.setenv(name, value)
+            return distributed.cores()
+
+    assert cores(12, SLURM_CPUS_PER_TASK="12", LOCAL_WORLD_SIZE="4") == 12  # bound to its own
+    assert cores(48, SLURM_CPUS_PER_TASK="12", LOCAL_WORLD_SIZE="4") == 12  # not bound
+    below = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "4"}
+    assert cores(48, SLURM_CPUS_PER_TASK="48", **below) == 12
+    assert cores(48) == 48
+
+
 def under_srun(rank, port):
     """Join as a task of srun does, with its variables and no others."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):

@@ -8,6 +8,8 @@ import torch
 from firstsight import distributed, engine, methods, optim, parallel, update
 from firstsight.batch import Batch
 from firstsight.errors import UserError
+from firstsight.features import Reader, pooled
+from firstsight.trial import random_batch
 from tests.methods.test_all import batch_of
 from tests.tiny import Patches, config
 
@@ -106,6 +108,27 @@ def test_readings_are_taken_of_the_whole_backbone_on_every_rank(cut):
     state = {k.removeprefix("backbone."): v for k, v in cut[0][0].items() if "backbone." in k}
     for _, _, _, _, reading in cut:
         assert_close(reading, {key: state[key].float() for key in reading})
+
+
+def read(rank, folder):
+    """Features as linear probes of other images than the batch's read them: in shards."""
+    distributed.start("cpu", threads=1)
+    try:
+        settings = settings_of(folder, "fsdp")
+        method = methods.build("mocov3", settings, 48)
+        model = parallel.spread(method, optim.of(method, settings), "fsdp")
+        images = torch.full((2, 3, 32, 32), 60 + rank, dtype=torch.uint8)
+        first = pooled(method.backbone, images, Reader(size=32))
+        update.gradients(model, random_batch(settings, 4), update.scaler(settings), settings)
+        second = pooled(method.backbone, images, Reader(size=32))
+        whole = pooled(parallel.whole(method.backbone, 32), images, Reader(size=32))
+        return [(features - whole).abs().max().item() for features in (first, second)]
+    finally:
+        distributed.stop()
+
+
+def test_shards_can_be_read_before_and_between_steps(on_ranks, tmp_path):
+    assert max(apart for each in on_ranks(read, tmp_path) for apart in each) < 1e-5
 
 
 def without_blocks(rank, folder):
