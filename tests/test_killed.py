@@ -33,7 +33,12 @@ def launched(out, *more, restarts=0):
 
 
 def beat(out, rank):
-    return json.loads((out / "watch" / f"rank-{rank:04d}.json").read_text())
+    for _ in range(100):
+        try:
+            return json.loads((out / "watch" / f"rank-{rank:04d}.json").read_text())
+        except ValueError:  # half written: readers look again
+            time.sleep(0.05)
+    raise AssertionError("no heartbeat can be read")
 
 
 def test_kill_9_at_random_moments_changes_nothing(tmp_path):

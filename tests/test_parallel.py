@@ -188,6 +188,6 @@ def test_a_run_goes_from_shards_to_replicas_to_one_process(on_ranks, tmp_path):
         return sum((state[n] - reference[n]).square().sum() for n in names).sqrt()
 
     # AdamW makes whole steps of gradients that are nothing but rounding
-    assert apart(other["method"], whole["method"]) < 0.02 * apart(whole["method"], began)
+    assert apart(other["method"], whole["method"]) < 0.15 * apart(whole["method"], began)
     snapshots = [sorted((tmp_path / n / "snapshots").iterdir()) for n in ("whole", "run")]
     assert [p.name for p in snapshots[0]] == [p.name for p in snapshots[1]]

@@ -209,7 +209,7 @@ def _gradients(rank, world):
 @pytest.mark.slow
 def test_ranks_average_their_gradients(monkeypatch):
     """Both hold the same, and it is the mean of what each has alone."""
-    from tests.methods.test_all import free_port
+    from tests.conftest import free_port
 
     context = multiprocessing.get_context("spawn")
     queue, port = context.Queue(), free_port()
