@@ -155,7 +155,7 @@ def of(
     place: Literal["device", "host", "file"], count: int, dim: int, **settings: Any
 ) -> Rows | Fetched:
     """`count` rows of small normal numbers, the same wherever they are kept."""
-    seed = int(torch.randint(2**62, ()))
+    seed = int(torch.randint(2**62, (), device="cpu"))
     if place == "device":
         return Rows(all_initial(count, dim, seed), **settings)
     store = Host(count, dim) if place == "host" else File(count, dim)

@@ -234,7 +234,7 @@ class Recent(nn.Module):
 
     def __init__(self, length: int, of: int) -> None:
         super().__init__()
-        generator = np.random.default_rng(int(torch.randint(2**62, ())))
+        generator = np.random.default_rng(int(torch.randint(2**62, (), device="cpu")))
         some = generator.choice(of, length, replace=False, shuffle=False)  # no work for each of all
         self.register_buffer("index", torch.from_numpy(some))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))

@@ -59,7 +59,7 @@ def initial(index: Index, dim: int, seed: int, std: float = 0.01) -> Floats:
 
 def all_initial(count: int, dim: int, seed: int) -> Tensor:
     """(N, D): the same for all rows, in one tensor."""
-    rows = torch.empty(count, dim)
+    rows = torch.empty(count, dim, device="cpu")
     for start in range(0, count, _CHUNK):
         index = np.arange(start, min(start + _CHUNK, count))
         rows[start : start + _CHUNK] = torch.from_numpy(initial(index, dim, seed))

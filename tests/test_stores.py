@@ -136,6 +136,31 @@ def test_a_file_that_was_left_in_the_middle_of_writing_goes_back(at, tmp_path, m
     assert torch.equal(contents(again), expected)
 
 
+def test_a_row_is_overwritten_only_when_what_it_held_is_on_the_disk(tmp_path, monkeypatch):
+    rows, done = kept("file", tmp_path), []
+    rows.commit(0, keep=1)
+    write, sync = stores._write, os.fsync
+    names = {rows.store._log.fileno(): "log", rows.store._rows.fileno(): "rows"}
+
+    def writing(file, data):
+        done.append(f"write {names[file.fileno()]}")
+        write(file, data)
+
+    def syncing(number):
+        done.append(f"sync {names.get(number, 'other')}")
+        sync(number)
+
+    monkeypatch.setattr(stores, "_write", writing)
+    monkeypatch.setattr(stores.os, "fsync", syncing)
+    rows.now(torch.arange(3))
+    rows.flush()
+    assert done == ["write log", "sync log"] + ["write rows"] * 3
+    done.clear()
+    rows.flush()  # what these held at the checkpoint is known
+    rows.commit(5, keep=1)
+    assert done[:7] == ["write rows"] * 6 + ["sync rows"]
+
+
 def test_every_checkpoint_that_is_kept_can_be_gone_back_to(tmp_path):
     rows, expected = kept("file", tmp_path), {}
     for step in (5, 10, 15, 20):
