@@ -53,7 +53,8 @@ def test_a_batch_is_that_of_the_loader(sizes, bad, preset):
     for one in ("crops", "flips"):
         assert all(map(torch.equal, getattr(a, one), getattr(b, one)))
     assert torch.equal(a.index, b.index) and torch.equal(a.label, b.label)
-    largest = 6 if views.interpolation == "bicubic" else 1
+    # workers round a small crop between its rows and its columns, as Pillow does
+    largest = 6 if views.interpolation == "bicubic" else 2
     for v in range(2):
         distance = (a.views[v].float() - b.views[v].float()).abs()
         assert distance.mean() < 0.3 and distance.max() <= largest
