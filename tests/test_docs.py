@@ -44,7 +44,9 @@ SMALLER = {
     "embed": "--threads 1 --device cpu",
 }
 PLACEHOLDERS = {"RUN": "runs/simclr-001", "SEED": "0"}
-NEEDS_MORE = re.compile(r"^torchrun|supervised\.th|--device (cuda|mps)|--compile|torchvision:|--to onnx")
+NEEDS_MORE = re.compile(
+    r"^torchrun|supervised\.th|--device (cuda|mps)|--compile|torchvision:|--to onnx"
+)
 ADDED = "hypersphere"  # the method that a page adds: its commands are those of other tests below
 
 
