@@ -140,3 +140,9 @@ def test_the_command_tells_cells_apart_by_what_they_show(tmp_path, capsys):
             Image.fromarray(np.zeros((64, 64), np.uint8)).save(mask)
         marks = str(tmp_path / "alone" / "masks")
         dense(SPEC, train=alone, test=alone, train_marks=marks, test_marks=marks, size=64)
+
+
+def test_cells_that_are_too_large_to_be_of_one_class_are_said_so():
+    asked = {"train": "scenes:train@9", "test": "scenes:test@9", "size": 32, "device": "cpu"}
+    with pytest.raises(UserError, match=r"maps have 1 x 1\); use a larger --size"):
+        dense(SPEC, mixed="left-out", **asked)

@@ -206,7 +206,10 @@ def cells_of(
     every = distributed.collect((rows, several, shape))
     found = sorted((row for part, _, _ in every for row in part), key=lambda row: row[0])
     if not sum(len(labels) for _, _, labels in found):
-        raise UserError(f"no image of {source.spec} that can be read has a cell of a class")
+        raise UserError(
+            f"no cell of {source.spec} is of a class (maps have {shape[0]} x {shape[1]}); "
+            "use a larger --size, an earlier --stage, or --mixed counted"
+        )
     values = torch.cat([values for _, values, _ in found])
     shape = max(one for _, _, one in every)
     return Cells(
