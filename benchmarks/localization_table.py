@@ -1,7 +1,8 @@
 """The table of docs/localization.md: one factor at a time from Tobias' published default.
 
     python benchmarks/localization_table.py DATA [--images 1000] [--seeds 5] [--base resnet50]
-        [--precision fp32] [--sets tiny raccoon coco] [--only default padding ...] [--out FILE]
+        [--precision fp32] [--batch-size 8] [--sets tiny raccoon coco]
+        [--only default padding ...] [--out FILE]
 
 DATA holds tiny-imagenet-8, raccoon and coco. Each row is `firstsight localize` with one setting
 changed; it is printed as Markdown as soon as it is there, and kept in FILE (JSON), so that the same
@@ -53,6 +54,7 @@ FACTORS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "padding": [(name, {"padding": name}) for name in ("reflect", "replicate")],
     "resolution": [("112 px", {"input_size": 112}), ("448 px", {"input_size": 448})],
     "threshold": [("60th percentile", {"threshold": "percentile:60"})],
+    "precision": [("float32", {"precision": "fp32"})],
 }
 HEAD = "| set | setting | CorLoc .5 | over seeds | centred box | map of noise | whole image | "
 HEAD += "lower right | over noise | left | fallbacks |\n" + 11 * "|---" + "|"
@@ -82,6 +84,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--base", default="resnet50")
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--only", nargs="+", default=list(FACTORS), choices=FACTORS)
@@ -100,12 +103,12 @@ def main() -> None:
                     "images": args.images,
                     "seeds": args.seeds,
                     "precision": args.precision,
-                    "threads": args.threads,
                     **changed,
                 }
                 key = json.dumps(asked, sort_keys=True)
                 if key not in kept:
-                    kept[key] = run(**asked)
+                    how = {"threads": args.threads, "batch_size": args.batch_size}
+                    kept[key] = run(**asked, **how)
                     args.out.write_text(json.dumps(kept) + "\n")
                 print(line(name, setting, kept[key], args.seeds), flush=True)
 

@@ -15,6 +15,7 @@ from firstsight import (
     distributed,
     engine,
     folders,
+    localize,
     merging,
     methods,
     pictures,
@@ -205,7 +206,12 @@ def demo(*, out: str, epochs: float, seed: int, device: str, threads: int) -> Pa
     chosen = {**DEMO, "epochs": epochs or DEMO["epochs"], "out": out}
     chosen |= {"seed": seed, "device": device, "threads": threads}
     chosen["warmup_epochs"] *= min(1.0, chosen["epochs"] / DEMO["epochs"])
-    return pretrain("simclr", begun(defaults, own, chosen, "demo"))
+    folder = pretrain("simclr", begun(defaults, own, chosen, "demo"))
+    found = localize.run(str(folder), **OBJECTS, seed=seed, device=device, threads=threads)
+    if distributed.rank() == 0:
+        write_report([folder], folder / "report.html")
+        say(f"objects in {OBJECTS['data']}: {found['notes'][-1]}")
+    return folder
 
 
 LINEAR_ROWS = 10_000_000
@@ -240,6 +246,9 @@ DEMO: dict[str, Any] = {
     },
 }
 """Settings of the demo where they differ from the method's own."""
+
+OBJECTS: dict[str, Any] = {"data": "scenes:test@200", "input_size": 96, "last_stride": 1}
+"""Where the backbone of the demo looks for objects: scenes as large as they are, maps of 6 x 6."""
 
 
 def _workers(config: Pretrain) -> int:

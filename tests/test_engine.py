@@ -433,14 +433,19 @@ def test_checkpoints_without_their_settings_are_not_gone_on_with(tmp_path):
         run.pretrain("simclr", settings)
 
 
-def test_a_demo_of_any_length_has_a_warm_up_that_fits(monkeypatch):
-    monkeypatch.setattr(run, "pretrain", lambda name, config: config)
-
-    def asked(epochs):
-        return run.demo(out="", epochs=epochs, seed=0, device="cpu", threads=1)
-
-    assert asked(0).epochs == 7.0 and asked(0).warmup_epochs == asked(20).warmup_epochs == 0.3
-    assert asked(0.07).warmup_epochs == pytest.approx(0.003)
+def test_a_demo_of_any_length_has_a_warm_up_that_fits_and_ends_with_objects(
+    monkeypatch, tmp_path, capsys
+):
+    asked, written = [], []
+    monkeypatch.setattr(run, "pretrain", lambda name, config: asked.append(config) or tmp_path)
+    monkeypatch.setattr(run.localize, "run", lambda where, **how: {"notes": ["", where]})
+    monkeypatch.setattr(run, "write_report", lambda runs, page: written.append((runs, page)))
+    for epochs in (0, 20, 0.07):
+        run.demo(out="", epochs=epochs, seed=0, device="cpu", threads=1)
+    assert [config.epochs for config in asked] == [7.0, 20, 0.07]
+    assert [config.warmup_epochs for config in asked] == pytest.approx([0.3, 0.3, 0.003])
+    assert written == 3 * [([tmp_path], tmp_path / "report.html")]
+    assert f"objects in scenes:test@200: {tmp_path}" in capsys.readouterr().err
 
 
 def test_without_a_folder_the_same_command_finds_its_own_unfinished_run(tmp_path, monkeypatch):

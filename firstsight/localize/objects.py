@@ -71,7 +71,8 @@ def localized(ask: Localize) -> dict[str, Any]:
     result |= _counted(found, len(index), divide, result.get("controls"))
     result["notes"] = _notes(result, len(found))
     if distributed.rank() == 0:
-        _keep(ask, eyes[0], source, truth, found[0], known)
+        verdict = result["notes"][-1] if "explained" in result else ""
+        _keep(ask, eyes[0], source, truth, found[0], known, verdict)
     result["seconds"] = round(time.perf_counter() - began, 1)
     return result
 
@@ -171,8 +172,9 @@ def _keep(
     truth: Truth | None,
     found: Found,
     known: NDArray[np.int64] | None,
+    verdict: str,
 ) -> None:
-    """Boxes and pictures, where they were asked for; pictures of a run into its report."""
+    """Boxes and pictures, where they were asked for; those of a run into its report, judged."""
     folders = [Path(ask.out)] if ask.out else []
     of_run = Path(ask.checkpoint) / "pictures"
     if (Path(ask.checkpoint) / "config.yaml").is_file():
@@ -180,6 +182,7 @@ def _keep(
     if not folders:
         return
     sheet, caption = pictures.sheet(eye, source, truth, found, known, ask)
+    caption += f" Of {len(found.shapes)} images: {verdict}." if verdict else ""
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
