@@ -159,7 +159,7 @@ def test_zeroed_residuals_leave_the_identity_and_spare_what_is_trained():
         ("timm:mobilenetv3_large_100", 1280, 4_202_032),
         ("timm:efficientnet_b0", 1280, 4_007_548),
         ("resnet18", 512, 11_176_512),
-        ("timm:deit_tiny_patch16_224", 192, None),  # 3 heads; the published one has 6
+        ("timm:deit_tiny_patch16_224", 192, None),  # 3 heads
     ],
 )
 def test_the_small_networks_of_ssl_small_are_here_and_train(name, width, parameters):
@@ -170,3 +170,52 @@ def test_the_small_networks_of_ssl_small_are_here_and_train(name, width, paramet
     backbone(torch.randn(4, 3, 64, 64)).square().mean().backward()
     trained = [p.grad is not None for p in backbone.parameters()]
     assert all(trained)
+
+
+def test_the_transformer_with_six_heads_is_the_published_one():
+    backbone = backbones.build("vit_tiny_6heads", size=224)
+    assert sum(p.numel() for p in backbone.parameters()) == 7_286_976  # ssl-small's, without fc
+    assert sum(p.numel() for p in backbone.parameters() if p.requires_grad) == 7_139_328
+    backbone(torch.randn(2, 3, 224, 224)).square().mean().backward()
+    still = [name for name, p in backbone.named_parameters() if p.grad is None]
+    assert still == ["patches.weight", "patches.bias"]
+    assert 0.95 < float(backbone.positions.detach().std()) < 1.05
+
+
+def test_the_transformer_with_six_heads_by_plain_loops():
+    torch.manual_seed(0)
+    backbone = backbones.build("vit_tiny_6heads", size=32).double().eval()
+    images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    weights = dict(backbone.named_parameters())
+    patches = [images[0, :, y : y + 16, x : x + 16].flatten() for y in (0, 16) for x in (0, 16)]
+    flat = weights["patches.weight"].flatten(1)
+    rows = [weights["first"][0, 0], *(flat @ p + weights["patches.bias"] for p in patches)]
+    tokens = torch.stack(rows) + weights["positions"][0]
+
+    def norm(x, name):
+        centred = x - x.mean(dim=1, keepdim=True)
+        scaled = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
+        return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    for number in range(12):
+        of = f"blocks.{number}"
+        wide = norm(tokens, f"{of}.norm1") @ weights[f"{of}.qkv.weight"].T
+        heads = []
+        for head in range(6):
+            q, k, v = (wide[:, 384 * i + 64 * head : 384 * i + 64 * (head + 1)] for i in range(3))
+            heads.append((q @ k.T / 8).softmax(dim=1) @ v)
+        out = torch.cat(heads, dim=1) @ weights[f"{of}.out.0.weight"].T
+        tokens = tokens + out + weights[f"{of}.out.0.bias"]
+        hidden = norm(tokens, f"{of}.norm2") @ weights[f"{of}.mlp.0.weight"].T
+        hidden = torch.nn.functional.gelu(hidden + weights[f"{of}.mlp.0.bias"])
+        last = hidden @ weights[f"{of}.mlp.3.weight"].T + weights[f"{of}.mlp.3.bias"]
+        tokens = tokens + last
+        if number == 4:
+            torch.testing.assert_close(
+                backbone.stage_map(images, 4)[0].flatten(1).T, tokens[1:], rtol=1e-9, atol=1e-9
+            )
+    tokens = norm(tokens, "norm")
+    cells, features = backbone.map_and_features(images)
+    torch.testing.assert_close(features[0], tokens[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(cells[0].flatten(1).T, tokens[1:], rtol=1e-9, atol=1e-9)
+    assert backbone(torch.randn(1, 3, 64, 48, dtype=torch.float64)).shape == (1, 192)

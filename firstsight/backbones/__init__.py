@@ -232,12 +232,15 @@ def build(name: str, stem: str = "standard", size: int = 224) -> Backbone:
         if stem != "standard":
             raise UserError(f"{name} has no other stem; leave --stem standard")
         return Timm(name.removeprefix("timm:"), size)
+    from firstsight.backbones import sixheads
     from firstsight.backbones.cifar import DEPTHS, CifarResNet
 
     if name in DEPTHS and stem == "standard":
         return CifarResNet(name)
+    if name == sixheads.NAME and stem == "standard":
+        return sixheads.SixHeads(size)
     if name not in RESNETS:
-        raise unknown("backbone", name, [*RESNETS, *DEPTHS, "timm:NAME"])
+        raise unknown("backbone", name, [*RESNETS, *DEPTHS, sixheads.NAME, "timm:NAME"])
     return ResNet(name, stem)
 
 
