@@ -18,7 +18,7 @@ class Schedule:
     peak: float
     warmup: int = 0
     """Steps in which the rate rises linearly."""
-    shape: Literal["cosine", "step"] = "cosine"
+    shape: Literal["cosine", "whole-cosine", "step"] = "cosine"
     drops: Sequence[float] = ()
     start: float = 0.0
     """Where the warm-up begins and the cosine ends, as shares of the peak."""
@@ -45,9 +45,10 @@ class Schedule:
     def rate(self, step: int) -> float:
         """The learning rate of `step` (from 0).
 
-        The curve rises over `warmup`, then falls along half a cosine or by a factor of 10 at each
-        of `drops` (shares of the run). A step reads it at its own start or end; with `linspace` the
-        last step of the warm-up already has the peak.
+        The curve rises over `warmup`, then falls along half a cosine, or along what the warm-up
+        has left of one over all steps (whole-cosine: a drop at its end, as SEED's code has it), or
+        by a factor of 10 at each of `drops` (shares of the run). A step reads it at its own start
+        or end; with `linspace` the last step of the warm-up already has the peak.
         """
         now = step - step % self.hold + (self.hold if self.at == "end" else 0)
         now = min(now, self.steps)
@@ -56,7 +57,8 @@ class Schedule:
             return self.peak * (self.start + (1 - self.start) * risen)
         if self.shape == "step":
             return float(self.peak * 0.1 ** sum(now >= drop * self.steps for drop in self.drops))
-        progress = (now - self.warmup) / max(1, self.steps - self.warmup)
+        begin = self.warmup if self.shape == "cosine" else 0
+        progress = (now - begin) / max(1, self.steps - begin)
         return cosine(min(1.0, progress), self.peak, self.end * self.peak)
 
 

@@ -54,7 +54,7 @@ class Defaults:
     warmup_epochs: float = 0
     optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
     lars: Lars = "barlow"
-    schedule: Literal["cosine", "step"] = "cosine"
+    schedule: Literal["cosine", "whole-cosine", "step"] = "cosine"
     undecayed: tuple[Kind, ...] = ()
     lr_start: float = 0.0
     lr_end: float = 0.0
@@ -119,8 +119,9 @@ class Pretrain:
     """Longest gradient of all parameters together; longer ones are shortened; 0: any."""
     clip_param: float = 0.0
     """Longest gradient of each parameter tensor, as DINO does; 0: any."""
-    schedule: Literal["cosine", "step"] = "cosine"
-    """Learning rate after the warm-up: half a cosine, or times 0.1 at each drop."""
+    schedule: Literal["cosine", "whole-cosine", "step"] = "cosine"
+    """Learning rate after the warm-up: half a cosine; what the warm-up has left of one over all
+    epochs (whole-cosine, as SEED's code); or times 0.1 at each drop."""
     drops: tuple[float, ...] = (0.6, 0.8)
     """Where the step schedule drops, as shares of the run."""
     warmup_epochs: float = 0

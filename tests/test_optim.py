@@ -219,6 +219,13 @@ def test_pic_rates():
     assert rates == pytest.approx(expected, abs=5e-9)
 
 
+def test_seed_rates_fall_along_a_cosine_that_counts_the_warm_up():
+    """Rate .03 at batch 512: to twice that in 5 epochs; epochs 0, 1, 4, 5, 100, 199 of 200."""
+    seed = Schedule(steps=200, peak=0.06, warmup=5, start=0.5, shape="whole-cosine")
+    rates = [seed.rate(epoch) for epoch in (0, 1, 4, 5, 100, 199)]
+    assert rates == pytest.approx([0.03, 0.036, 0.054, 0.059908, 0.03, 4e-6], abs=5e-7)
+
+
 def test_moco_rates_change_every_epoch():
     moco = Schedule(steps=200 * 7, peak=0.03, hold=7)
     for epoch in (0, 1, 120, 199):

@@ -60,7 +60,7 @@ class SixHeads(Backbone):
         patches = self.patches(images)  # (B, 192, h, w)
         x = torch.cat([self.first.expand(len(images), -1, -1), patches.flatten(2).mT], dim=1)
         sides = list(patches.shape[2:])
-        x = self.dropout(x + resample_abs_pos_embed(self.positions, sides))
+        x = cast(Tensor, self.dropout(x + resample_abs_pos_embed(self.positions, sides)))
         for block in self.blocks[:blocks]:
             x = block(x)
         return x
