@@ -50,7 +50,7 @@ def test_the_embedding_is_the_projector_of_the_same_features(finished):
     ]
     assert by_layer[0]["protocol"]["layer"] == "backbone"
     assert by_layer[1]["images"] == {"train": 32, "test": 30}
-    with pytest.raises(UserError, match="needs a run folder"):
+    with pytest.raises(UserError, match="is a backbone alone, without embedding"):
         knn("random:resnet18", train="scenes:train@9", test="scenes:test@9", layer="embedding")
 
 

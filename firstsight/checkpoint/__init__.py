@@ -31,6 +31,7 @@ __all__ = [
     "Writer",
     "about_backbone",
     "fit_backbone",
+    "is_safetensors",
     "load_backbone",
     "load_state",
     "newest",

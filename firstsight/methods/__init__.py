@@ -77,7 +77,7 @@ def build(name: str, config: Pretrain, images: int) -> Method:
 
 
 def network(spec: str, layer: str, flag: str) -> tuple[Backbone, dict[str, Any]]:
-    """The `backbone` of a CHECKPOINT, or with the `embedding` of its run as features, at rest.
+    """The `backbone` of a CHECKPOINT, or with its `embedding` as features, at rest.
 
     Also what is known about it. `flag` is what names the layer on the command line, for errors.
     """
@@ -85,14 +85,13 @@ def network(spec: str, layer: str, flag: str) -> tuple[Backbone, dict[str, Any]]
 
     from firstsight import checkpoint
     from firstsight.backbones import Embedding
+    from firstsight.checkpoint.embedded import load_embedding
 
     if layer == "backbone":
         return checkpoint.load_backbone(spec)
     folder = Path(spec)
     if not (folder / "config.yaml").exists():
-        raise UserError(
-            f"{flag} embedding needs a run folder, and {spec} is none; use {flag} backbone"
-        )
+        return load_embedding(spec, flag)
     values = read_yaml(folder / "config.yaml")
     name = str(values.pop("name"))
     _, _, settings = describe(name)

@@ -50,10 +50,10 @@ class Config:
     """Settings of SEED."""
 
     teacher: str = ""
-    """CHECKPOINT of the teacher: a run; for its features also a file, torchvision:NAME, timm:NAME.
-    It sees views normalised as --views.mean and --views.std say."""
+    """CHECKPOINT of the teacher: a run, or a file of MoCo, SimCLR (PyTorch), SwAV or SEED; for its
+    features any. It sees views normalised as --views.mean and --views.std say."""
     teacher_layer: Literal["embedding", "backbone"] = "embedding"
-    """What of the teacher is compared: the embedding of a run, or pooled features of a backbone."""
+    """What of the teacher is compared: its embedding, or pooled features of its backbone."""
     queue_size: int = 65_536
     """K, number of past embeddings of the teacher; any length."""
     temperature: float = 0.2

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
 from firstsight import engine, methods
 from firstsight.backbones import build
@@ -183,13 +184,28 @@ def test_the_teacher_is_not_saved_and_another_one_is_refused(tmp_path):
         ({"teacher": "nowhere"}, "no checkpoint nowhere"),
         (
             {"teacher_layer": "embedding"},
-            "embedding needs a run folder, and random:.* is none; use",
+            "random:.* is a backbone alone, without embedding; use --method.teacher-layer backbone",
         ),
     ],
 )
 def test_a_teacher_of_the_wrong_kind_is_one_sentence(wrong, said):
     with pytest.raises(UserError, match=said):
         method(**wrong)
+
+
+def test_a_published_file_with_its_embedding_is_a_teacher(tmp_path):
+    torch.manual_seed(3)
+    teacher = torchvision.models.resnet18(num_classes=8)
+    teacher.fc = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU(), teacher.fc)
+    file = tmp_path / "moco_v2.pth.tar"
+    state = {f"module.encoder_q.{key}": value for key, value in teacher.state_dict().items()}
+    torch.save({"epoch": 200, "arch": "resnet18", "state_dict": state}, file)
+    seed = method(teacher=str(file), teacher_layer="embedding")
+    view = batch_of(3).views[0]
+    with torch.no_grad():
+        expected = F.normalize(teacher.eval()(view), dim=1)
+    torch.testing.assert_close(seed.taught(view), expected, rtol=1e-4, atol=1e-5)
+    assert seed.queue.read().shape == (20, 8)
 
 
 def test_the_student_has_two_layers_or_one():
