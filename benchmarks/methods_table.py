@@ -44,6 +44,11 @@ METHODS: dict[str, list[str]] = {
     "mocov1": [*ADAMW, *PAIR, *MOVING, "--method.queue-size", "4096", "--method.splits", "4"],
     "seed": [*ADAMW, "--method.queue-size", "4096"],
 }
+METHODS["tobias"] = [*METHODS["mocov2"], "--views.merge.probability", "0.3"]
+SLIDING = {"epochs": ["sliding", "--window-size", "1024", "--window-stride", "128"]}
+METHODS["pic-sliding"] = [part for word in METHODS["pic"] for part in SLIDING.get(word, [word])]
+PUBLIC = {"tobias": "mocov2", "pic-sliding": "pic"}
+"""What `firstsight pretrain` calls those rows that are a method with something else changed."""
 
 
 def firstsight(*arguments: str) -> None:
@@ -61,7 +66,14 @@ def pretrain(name: str, folder: Path, epochs: float, seed: int, asked: argparse.
         judged = [] if folder.name.endswith("-rate") else [f"{asked.data}/val.zip"]
         options += [option for test in judged for option in ("--probe-test", test)]
         firstsight(
-            *("pretrain", name, "--data", f"{asked.data}/train.zip", "--out", str(folder)),
+            *(
+                "pretrain",
+                PUBLIC.get(name, name),
+                "--data",
+                f"{asked.data}/train.zip",
+                "--out",
+                str(folder),
+            ),
             *("--backbone", "resnet18", "--epochs", str(epochs), "--seed", str(seed)),
             *("--threads", str(asked.threads), "--workers", "0", *options),
         )
