@@ -5,9 +5,11 @@
         [--only default padding ...] [--out FILE]
 
 DATA holds tiny-imagenet-8, raccoon and coco. Each row is `firstsight localize` with one setting
-changed; it is printed as Markdown as soon as it is there, and kept in FILE (JSON), so that the same
-command goes on where it stopped. CorLoc .5 in percent, means over seeds; "left" is the difference
-to the best of the four controls that see nothing, with the middle 95 % over bootstraps of images.
+changed; it is printed as soon as it is there and kept in FILE (JSON), so that the same command goes
+on where it stopped; a table for each set comes at the end. CorLoc .5 in percent, means over seeds;
+"left" is the difference to the best of the four controls that see nothing, with the middle 95 %
+over bootstraps of images; "nothing" are maps without a cell above the threshold: the box is then
+the whole image.
 """
 
 import argparse
@@ -56,23 +58,31 @@ FACTORS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "threshold": [("60th percentile", {"threshold": "percentile:60"})],
     "precision": [("float32", {"precision": "fp32"})],
 }
-HEAD = "| set | setting | CorLoc .5 | over seeds | centred box | map of noise | whole image | "
-HEAD += "lower right | over noise | left | fallbacks |\n" + 11 * "|---" + "|"
+HEAD = "| setting | CorLoc .5 | over seeds | centred box | map of noise | over noise | left "
+HEAD += "| nothing |\n" + 8 * "|---" + "|"
 
 
-def line(name: str, setting: str, result: dict[str, Any], seeds: int) -> str:
+def line(setting: str, result: dict[str, Any], seeds: int) -> str:
     """A row of the table."""
     spread, left = result["over_seeds"]["corloc"]["0.5"], result["explained"]["corloc_0.5"]
     of = {key: figures["corloc"]["0.5"] for key, figures in result["controls"].items()}
     over = f"{of['noise_divided']:.1f}" if "noise_divided" in of else ""
     low, high = left["interval"]
     return (
-        f"| {name} | {setting} | {result['corloc']['0.5']:.1f} "
+        f"| {setting} | {result['corloc']['0.5']:.1f} "
         f"| {spread['lowest']:.1f} to {spread['highest']:.1f} "
-        f"| {of['centre_box']:.1f} | {of['noise']:.1f} | {of['full_image']:.1f} "
-        f"| {of['constant_mask']:.1f} | {over} "
+        f"| {of['centre_box']:.1f} | {of['noise']:.1f} | {over} "
         f"| {left['difference']:+.1f} ({low:+.1f} to {high:+.1f}) "
         f"| {100 * result['fallbacks'] / result['images'] / seeds:.0f} % |"
+    )
+
+
+def above(name: str, result: dict[str, Any]) -> str:
+    """What is the same in all rows of a set."""
+    of = {key: figures["corloc"]["0.5"] for key, figures in result["controls"].items()}
+    return (
+        f"\n{name}, {result['images']} images: whole image {of['full_image']:.1f}, "
+        f"lower right 3 x 3 of 4 x 4 {of['constant_mask']:.1f}\n\n{HEAD}"
     )
 
 
@@ -91,26 +101,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("localization.json"))
     args = parser.parse_args()
     kept = json.loads(args.out.read_text()) if args.out.exists() else {}
-    print(HEAD, flush=True)
-    for factor in args.only:
-        for setting, changed in FACTORS[factor]:
-            for name in args.sets:
-                source, boxes = SETS[name]
-                asked = {
-                    "checkpoint": f"random:{args.base}",
-                    "data": str(args.data / source),
-                    "boxes": str(args.data / boxes),
-                    "images": args.images,
-                    "seeds": args.seeds,
-                    "precision": args.precision,
-                    **changed,
-                }
-                key = json.dumps(asked, sort_keys=True)
-                if key not in kept:
-                    how = {"threads": args.threads, "batch_size": args.batch_size}
-                    kept[key] = run(**asked, **how)
-                    args.out.write_text(json.dumps(kept) + "\n")
-                print(line(name, setting, kept[key], args.seeds), flush=True)
+    how = {"threads": args.threads, "batch_size": args.batch_size}
+    rows: dict[str, list[str]] = {}
+    for setting, changed in (row for factor in args.only for row in FACTORS[factor]):
+        for name in args.sets:
+            source, boxes = SETS[name]
+            asked = {
+                "checkpoint": f"random:{args.base}",
+                "data": str(args.data / source),
+                "boxes": str(args.data / boxes),
+                "images": args.images,
+                "seeds": args.seeds,
+                "precision": args.precision,
+                **changed,
+            }
+            key = json.dumps(asked, sort_keys=True)
+            if key not in kept:
+                kept[key] = run(**asked, **how)
+                args.out.write_text(json.dumps(kept) + "\n")
+            row = line(setting, kept[key], args.seeds)
+            print(f"{name} {row}", flush=True)
+            rows.setdefault(name, [above(name, kept[key])]).append(row)
+    print("\n".join(row for lines in rows.values() for row in lines))
 
 
 if __name__ == "__main__":
