@@ -25,7 +25,7 @@ def sets(monkeypatch):
     names = dataclasses.replace(known["other"], categories=("red", "green"))
     known["other"] = names
     for module in (training, judging):
-        monkeypatch.setattr(module, "opened", lambda data, annotations, config: known[data])
+        monkeypatch.setattr(module, "opened", lambda data, *_: known[data])
     monkeypatch.setattr(judging, "figures", lambda *_, **__: {"bbox": {"AP": 1.0, "AP50": None}})
     return known
 
@@ -162,9 +162,9 @@ def test_perfect_detections_come_back_to_the_original_and_get_100(monkeypatch):
             }
 
     values = config(detector="mask-rcnn", test_side=100, long_side=130, batch_size=2)
-    found = judging.find(Knowing(), images, values)
-    assert found.unreadable == 0 and len(found.detections) == 5
-    for picture, one in zip(images.pictures, found.detections, strict=True):
+    found, took = judging.find(Knowing(), images, values)
+    assert took["unreadable"] == 0 and len(found) == 5
+    for picture, one in zip(images.pictures, found, strict=True):
         assert one.boxes == pytest.approx(picture.objects.boxes, abs=0.01)
         for mask, box in zip(one.masks, picture.objects.boxes.astype(int), strict=True):
             drawn = np.zeros((picture.height, picture.width), bool)
@@ -172,7 +172,7 @@ def test_perfect_detections_come_back_to_the_original_and_get_100(monkeypatch):
             pasted = decode(mask, picture.height, picture.width)
             # torchvision pastes to whole pixels, the last ones included
             assert (pasted & drawn).sum() == drawn.sum() and pasted.sum() < 1.2 * drawn.sum()
-    result = figures(images, found.detections)
+    result = figures(images, found)
     assert result["bbox"]["AP"] == pytest.approx(100)
     assert result["segm"]["AP50"] == pytest.approx(100)
 
