@@ -263,3 +263,9 @@ def test_a_comparison_is_runs_over_seeds(sets, tmp_path, monkeypatch, capsys):
     assert first["bbox"]["AP"] == {"mean": 13.5, "least": 13.0, "most": 14.0, "each": [13.0, 14.0]}
     assert second["bbox"]["AP50"]["mean"] == 47 and "AP75" not in second["bbox"]
     assert "13.5 (13.0 to 14.0)" in capsys.readouterr().out
+
+
+def test_segmenters_are_compared_by_their_own_figures():
+    tests = [{"semantic": {"mIoU": value, "accuracy": None}, "per_class": []} for value in (4.0, 8)]
+    spread = comparing.spread(tests)
+    assert spread == {"semantic": {"mIoU": {"mean": 6, "least": 4, "most": 8, "each": [4, 8]}}}
