@@ -143,7 +143,9 @@ def coloured(pixels: Pixels, indices: NDArray[np.integer[Any]], names: Sequence[
     for k in there:
         rows, columns = np.nonzero(indices == k)
         middle = len(rows) // 2  # in raster order: a pixel of the class, half-way down
-        place, font = (int(columns[middle]), int(rows[middle])), cv2.FONT_HERSHEY_SIMPLEX
+        font = cv2.FONT_HERSHEY_SIMPLEX
+        (long, _), _ = cv2.getTextSize(names[k], font, 0.4 * unit, 1)
+        place = max(0, min(int(columns[middle]), pixels.shape[1] - long)), int(rows[middle])
         for shade, width in (((0, 0, 0), 3 * unit), ((255, 255, 255), unit)):
             thick = max(1, round(width))
             cv2.putText(made, names[k], place, font, 0.4 * unit, shade, thick, cv2.LINE_AA)
