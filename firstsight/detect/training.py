@@ -297,8 +297,9 @@ def trained(
                 new_bad.clear()
             if done == steps and config.precise_norm:
                 precise_norms(detector, shows, config, steps)
+            if saving:
+                refuse_nonfinite_networks(detector, step, out)  # asks all ranks
             if main and saving:
-                refuse_nonfinite_networks(detector, step, out)
                 run.save()
             figures: dict[str, float] = {}
             if reading and tests is not None:

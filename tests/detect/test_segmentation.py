@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -222,6 +223,30 @@ def test_an_interrupted_run_goes_on_bit_for_bit(more, folders, tmp_path, monkeyp
     read = judging.evaluate(Eval(run=str(tmp_path / "parts"), device="cpu", threads=1))
     assert read["semantic"] == again["test"]["semantic"]
     assert read["protocol"]["detector"] == parts.detector and read["protocol"]["crop"] == 24
+
+
+def _of_a_rank(rank, folders, out, values):
+    with mock.patch.object(nn.Dropout, "forward", lambda self, x: x):  # each rank draws its own
+        try:
+            return training.train(config(out, folders, **values))
+        finally:
+            distributed.stop()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_judge_what_one_does(folders, tmp_path, on_ranks):
+    """Means over ranks, and statistics over all, are those of the whole batch; both see half."""
+    values = {"steps": 3, "batch_size": 4, "norm": "sync", "crop": 0, "short_sides": (40,)}
+    values |= {"save_every": 1, "base_lr": 0.1}
+    both = on_ranks(_of_a_rank, folders, tmp_path / "two", values)
+    alone = _of_a_rank(0, folders, tmp_path / "one", values)
+    assert both[0]["test"]["per_class"] == both[1]["test"]["per_class"]
+    assert read_log(tmp_path / "two/log.jsonl")[-1]["step"] == 3
+    for name, value in alone["test"]["semantic"].items():
+        assert both[0]["test"]["semantic"][name] == pytest.approx(value, abs=0.2)
+    states = [checkpoint.read(tmp_path / run / "checkpoints/last") for run in ("one", "two")]
+    for one, other in zip(*(state["detector"].values() for state in states), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import multiprocessing
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -226,6 +227,25 @@ def test_ranks_average_their_gradients(monkeypatch):
     for one, other, first, second in zip(found[0], found[1], *alone, strict=True):
         assert np.array_equal(one, other)
         assert one == pytest.approx((first + second) / 2, abs=1e-5)
+
+
+def _rank_of_a_run(rank, folder):
+    known = {"squares": squares(24), "tests": squares(5, 1000)}
+    with mock.patch.object(training, "opened", lambda data, *_: known[data]):
+        try:
+            values = {"steps": 2, "save_every": 1, "detector": "mask-rcnn", **JUDGED}
+            return training.train(config(folder, norm="sync", precise_norm=1, **values))
+        finally:
+            distributed.stop()
+
+
+@pytest.mark.slow
+def test_two_ranks_walk_the_whole_road(tmp_path, on_ranks):
+    """Steps, checkpoints, statistics, figures of boxes and masks: nobody waits for ever."""
+    one, other = on_ranks(_rank_of_a_run, tmp_path)
+    assert all(one["test"][k] == other["test"][k] for k in ("bbox", "segm", "voc", "per_class"))
+    assert one["test"]["images"] == 5 and (tmp_path / "checkpoints/step-00000002.pt").exists()
+    assert one["test"]["bbox"]["AP"] is not None and (tmp_path / "curves.json").exists()
 
 
 @pytest.mark.slow
