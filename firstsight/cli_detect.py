@@ -33,7 +33,7 @@ def detect(args: list[str]) -> None:
 
 
 def train(args: list[str]) -> None:
-    """A detector from a CHECKPOINT, trained and judged."""
+    """A detector or a segmenter from a CHECKPOINT, trained and judged."""
     target, args = taken(args, "--json")
     config = _begun(Train, args, "detect train", {"checkpoint": tyro.MISSING})
 
@@ -56,7 +56,7 @@ def train(args: list[str]) -> None:
 
 
 def evaluate(args: list[str]) -> None:
-    """The figures of a trained detector, as COCO and VOC count."""
+    """The figures of a trained one, as COCO and VOC count."""
     target, args = taken(args, "--json")
     config = parsed(Eval, args, "detect eval")
 

@@ -293,3 +293,14 @@ def test_a_test_set_is_read_by_the_classes_that_were_learnt(folders):
     assert images.categories == ("a", "b", "c")
     named = dataclasses.replace(config(), categories=("x", "y", "z"))
     assert judging.opened(*folders, named).categories == ("x", "y", "z")
+
+
+def test_a_run_does_not_go_on_with_other_masks(folders, tmp_path):
+    images = open_segmented(*folders)
+    first = dataclasses.replace(images.pictures[0], sum=images.pictures[0].sum ^ 1)
+    other = dataclasses.replace(images, pictures=(first, *images.pictures[1:]))
+    run = training.started(config(tmp_path, folders), images, tmp_path)
+    run.save()
+    assert training.started(config(tmp_path, folders), images, tmp_path).images == run.images
+    with pytest.raises(UserError, match=r"masks no longer holds what .* was trained on"):
+        training.started(config(tmp_path, folders), other, tmp_path)
