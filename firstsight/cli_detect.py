@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
 from firstsight import recipes, settings
-from firstsight.detect.settings import Compare, Eval, Train, Training
+from firstsight.detect.settings import HEADLINES, Compare, Eval, Train, Training
 from firstsight.errors import UserError, unknown
 from firstsight.flags import config_file, flagged, parsed, peeked, taken
 from firstsight.log import is_first
@@ -32,7 +33,7 @@ def detect(args: list[str]) -> None:
 
 
 def train(args: list[str]) -> None:
-    """A detector from a CHECKPOINT, trained and judged."""
+    """A detector or a segmenter from a CHECKPOINT, trained and judged."""
     target, args = taken(args, "--json")
     config = _begun(Train, args, "detect train", {"checkpoint": tyro.MISSING})
 
@@ -55,7 +56,7 @@ def train(args: list[str]) -> None:
 
 
 def evaluate(args: list[str]) -> None:
-    """The figures of a trained detector, as COCO and VOC count."""
+    """The figures of a trained one, as COCO and VOC count."""
     target, args = taken(args, "--json")
     config = parsed(Eval, args, "detect eval")
 
@@ -79,17 +80,15 @@ def compare(args: list[str]) -> None:
     if not is_first():
         return
     write_json(target, result)
-    for kind in ("bbox", "segm"):
+    for kind, names in HEADLINES.items():
         if kind in result["results"][0]:
-            rows = [[one["checkpoint"], *_spread(one[kind])] for one in result["results"]]
+            rows = [[one["checkpoint"], *_spread(one[kind], names)] for one in result["results"]]
             title = f"{kind}, percent: mean (least to most) of {len(result['seeds'])} seeds"
-            table(title, ["", *_SHOWN], rows)
+            table(title, ["", *names], rows)
     protocol(result)
 
 
 VERBS = {"train": train, "eval": evaluate, "compare": compare}
-
-_SHOWN = ("AP", "AP50", "AP75")
 
 
 def _begun(kind: type[T], args: list[str], prog: str, missing: dict[str, Any]) -> T:
@@ -107,10 +106,12 @@ def _begun(kind: type[T], args: list[str], prog: str, missing: dict[str, Any]) -
 
 
 def _figures(title: str, result: dict[str, Any]) -> None:
-    kinds = [kind for kind in ("bbox", "segm") if kind in result]
+    kinds = [kind for kind in HEADLINES if kind in result]
     rows = [[name, *(_number(result[kind][name]) for kind in kinds)] for name in result[kinds[0]]]
     for name, value in result.get("voc", {}).get("AP07", {}).items():
         rows.append([f"{name}, VOC 2007's 11 points", _number(value)])
+    if "semantic" in result:
+        rows += [[f"IoU, {row['name']}", _number(row["IoU"])] for row in result["per_class"]]
     rate, memory = result["images_per_second"], result["peak_memory_gib"]
     table(f"{title}, percent", ["", *kinds], rows)
     print(f"{rate} images/s, at most {memory} GiB")
@@ -120,8 +121,8 @@ def _number(value: Any) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def _spread(figures: dict[str, Any]) -> list[str]:
-    shown = [figures.get(name) for name in _SHOWN]
+def _spread(figures: dict[str, Any], names: Sequence[str]) -> list[str]:
+    shown = [figures.get(name) for name in names]
     return [
         f"{one['mean']:.1f} ({one['least']:.1f} to {one['most']:.1f})" if one else ""
         for one in shown

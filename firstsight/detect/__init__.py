@@ -2,8 +2,8 @@
 
 Data: `annotations` (what is in an image, read and checked), `segmentation_data` (index masks).
 Figures: `figures` (COCO and VOC), `curves` (precision over recall), `pictures` (boxes drawn).
-Training: `settings` (all choices, by name), `policies` (what rests, what norms do), `models`,
-`inputs`, `training`, `judging`, `comparing`.
+Training: `settings` (all choices, by name), `policies` (what rests, what norms do), `models` and
+`segmenters` (networks), `inputs`, `training`, `asking`, `judging` and `segmentation`, `comparing`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from firstsight.detect import written as known
 from firstsight.detect.coco import read_coco
 from firstsight.detect.masks import BadMask, Segmentation, bitmap, checked
 from firstsight.detect.voc import read_voc
-from firstsight.detect.written import Faults, Written, WrittenImage, WrittenSet
+from firstsight.detect.written import Fault, Faults, Written, WrittenImage, WrittenSet
 from firstsight.detect.yolo import is_yolo, read_yolo
 from firstsight.errors import UserError
 from firstsight.sources.base import Pixels, UnreadableImage
@@ -70,14 +70,6 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fault:
-    """How often one thing was wrong, and where at first."""
-
-    count: int
-    examples: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
 class AnnotatedImages:
     """A set of images with objects of known categories."""
 
@@ -95,10 +87,7 @@ class AnnotatedImages:
 
     def told(self) -> list[str]:
         """A line for each kind of fault: how many, and where at first."""
-        return [
-            f"{fault.count} {kind} ({', '.join(fault.examples)})"
-            for kind, fault in self.faults.items()
-        ]
+        return known.told(self.faults)
 
     @property
     def has_masks(self) -> bool:
@@ -187,10 +176,7 @@ def open_annotated(
         pictures=tuple(pictures),
         categories=read.categories,
         category_ids=read.category_ids,
-        faults={
-            kind: Fault(count=count, examples=tuple(read.faults.examples[kind]))
-            for kind, count in read.faults.counts.items()
-        },
+        faults=read.faults.kept(),
     )
 
 
@@ -357,14 +343,10 @@ def _refuse(
             continue
         if not lost:
             raise UserError(f"{annotations} marks no {name}; give --annotations that mark some")
-        reasons = "; ".join(
-            f"{faults.counts[kind]} {kind}, first {faults.examples[kind][0]}"
-            for kind in kinds
-            if kind in faults.counts
-        )
         raise UserError(
             f"{annotations} does not fit the images in {images}: {lost} of {lost + there} {name} "
-            f"cannot be used ({reasons}); mend --annotations, or allow more by --max-bad"
+            f"cannot be used ({faults.reasons(kinds)}); mend --annotations, or allow more by "
+            "--max-bad"
         )
     used = {int(label) for picture in pictures for label in picture.objects.labels}
     for i, name in enumerate(read.categories):

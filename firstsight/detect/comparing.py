@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from firstsight import checkpoint, distributed
-from firstsight.detect.settings import Compare, Train, Training
+from firstsight.detect.settings import HEADLINES, Compare, Train, Training
 from firstsight.detect.training import train
 from firstsight.errors import UserError
 from firstsight.settings import shallow
@@ -48,7 +48,7 @@ def _one(config: Compare, number: int, spec: str, seed: int) -> dict[str, Any]:
 def spread(tests: list[dict[str, Any]]) -> dict[str, Any]:
     """For each kind of figure its mean, and the least and the most, over several trainings."""
     said: dict[str, Any] = {}
-    for kind in ("bbox", "segm"):
+    for kind in HEADLINES:
         if all(kind in test for test in tests):
             names = [n for n in tests[0][kind] if None not in [test[kind][n] for test in tests]]
             lists = {name: [float(test[kind][name]) for test in tests] for name in names}

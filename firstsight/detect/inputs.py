@@ -19,14 +19,16 @@ from torch.utils.data import Dataset
 
 from firstsight import keyed
 from firstsight.detect.annotations import AnnotatedImages, Picture
+from firstsight.detect.segmentation_data import SegmentedImages
 from firstsight.detect.settings import Training
 from firstsight.errors import UserError
 from firstsight.order import Epochs
 from firstsight.sources.base import Pixels, UnreadableImage
 
+ImageSet = AnnotatedImages | SegmentedImages
 LEAST_SIDE = 32
 """Smaller training images are left out, as in MMDetection."""
-_SIDE, _FLIP = 0, 1  # what is drawn, as a part of its key
+_SIDE, _FLIP, _LEFT, _TOP = 0, 1, 2, 3  # what is drawn, as a part of its key
 _ATTEMPTS = 50
 
 
@@ -36,7 +38,7 @@ class Shown(NamedTuple):
     image: Tensor
     """(3, h, w) uint8 RGB."""
     target: dict[str, Tensor]
-    """Boxes (n, 4), labels (n,), and masks (n, h, w) where they are wanted."""
+    """Boxes (n, 4), labels (n,), and masks (n, h, w) where they are wanted; or indices (h, w)."""
 
 
 class Batch(NamedTuple):
@@ -119,6 +121,29 @@ def shown(
     return Shown(image.contiguous(), target)
 
 
+def marked(pixels: Pixels, indices: Pixels, size: tuple[int, int], flip: bool) -> Shown:
+    """An image of `size` (width, height), mirrored or not, with the class of each of its pixels,
+    which is that of the nearest."""
+    image = resized(pixels, *size)
+    moved = torch.from_numpy(cv2.resize(indices, size, interpolation=cv2.INTER_NEAREST_EXACT))
+    if flip:
+        image, moved = image.flip(2), moved.flip(1)
+    return Shown(image.contiguous(), {"indices": moved})
+
+
+def cut(one: Shown, config: Training, epoch: int, index: int) -> Shown:
+    """A square of `config.crop` pixels of a marked image, drawn; all of what is smaller."""
+    height, width = one.image.shape[1:]
+    draws = [float(keyed.uniform(config.seed, epoch, index, part)) for part in (_LEFT, _TOP)]
+    x, y = (
+        int(u * (side - min(config.crop, side) + 1))
+        for u, side in zip(draws, (width, height), strict=True)
+    )
+    rows, columns = slice(y, y + config.crop), slice(x, x + config.crop)
+    indices = one.target["indices"][rows, columns]
+    return Shown(one.image[:, rows, columns].contiguous(), {"indices": indices})
+
+
 def _nearest(mask: NDArray[np.bool_], width: int, height: int) -> Pixels:
     grey = mask.astype(np.uint8)
     return np.asarray(cv2.resize(grey, (width, height), interpolation=cv2.INTER_NEAREST), np.uint8)
@@ -131,8 +156,10 @@ def learnable(picture: Picture) -> NDArray[np.bool_]:
     return np.asarray(inside & ~picture.objects.crowd, bool)
 
 
-def worth_training(images: AnnotatedImages, keep_empty: bool) -> NDArray[np.int64]:
+def worth_training(images: ImageSet, keep_empty: bool) -> NDArray[np.int64]:
     """Positions of the images that are trained on."""
+    if isinstance(images, SegmentedImages):
+        return np.arange(len(images))
     return np.array(
         [
             position
@@ -177,7 +204,7 @@ class Grouped(Epochs):
         return np.asarray(self._batches[step % self.steps_per_epoch])
 
 
-def order_of(images: AnnotatedImages, chosen: NDArray[np.int64], config: Training) -> Epochs:
+def order_of(images: ImageSet, chosen: NDArray[np.int64], config: Training) -> Epochs:
     """In which order the chosen images are visited."""
     if not config.group_shapes:
         return Epochs(len(chosen), config.batch_size, config.seed)
@@ -189,7 +216,7 @@ def order_of(images: AnnotatedImages, chosen: NDArray[np.int64], config: Trainin
 class Steps(Dataset[Any]):
     """Step -> this rank's share of its batch."""
 
-    images: AnnotatedImages
+    images: ImageSet
     chosen: NDArray[np.int64]
     """Positions of the images that are trained on."""
     order: Epochs
@@ -210,11 +237,15 @@ class Steps(Dataset[Any]):
 
     def _shown(self, epoch: int, place: int, bad: list[str]) -> Shown:
         config, at, pixels = self.config, *self._readable(place, bad)
-        picture = self.images.pictures[at]
+        picture: Any = self.images.pictures[at]
         side = side_of(config, epoch, place)
         size = fitted(picture.width, picture.height, side, config.long_side)
+        flip = flipped(config, epoch, place)
+        if isinstance(self.images, SegmentedImages):
+            whole = marked(pixels, self.images.indices(at), size, flip)
+            return cut(whole, config, epoch, place) if config.crop else whole
         masks = self.images.bitmaps(at) if config.detector == "mask-rcnn" else None
-        return shown(pixels, picture, size, flipped(config, epoch, place), masks)
+        return shown(pixels, picture, size, flip, masks)
 
     def _readable(self, place: int, bad: list[str]) -> tuple[int, Pixels]:
         """An image that can be decoded: that at `place`, or one that always stands in for it."""
@@ -233,7 +264,7 @@ class Steps(Dataset[Any]):
 class Asked(Dataset[Any]):
     """Number -> some images as they are judged, and the positions of those that could be read."""
 
-    images: AnnotatedImages
+    images: ImageSet
     side: int
     long_side: int
     batch_size: int

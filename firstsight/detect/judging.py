@@ -3,69 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from firstsight import backbones, checkpoint, distributed, trial
-from firstsight.detect import models, pictures
+from firstsight import backbones, checkpoint, distributed
+from firstsight.backbones import Backbone
+from firstsight.detect import models, pictures, policies, segmentation, segmenters
 from firstsight.detect.annotations import AnnotatedImages, Detections, Picture, open_annotated
+from firstsight.detect.asking import answers
 from firstsight.detect.curves import kept_apart
 from firstsight.detect.figures import figures
-from firstsight.detect.inputs import Asked
+from firstsight.detect.inputs import ImageSet
 from firstsight.detect.masks import encode
-from firstsight.detect.models import Detector
+from firstsight.detect.segmentation_data import SegmentedImages, open_segmented
 from firstsight.detect.settings import Eval, Train, Training
 from firstsight.detect.voc_figures import voc_figures
 from firstsight.errors import UserError
-from firstsight.loader import each
-from firstsight.log import Meter, say
-from firstsight.nets import cast_to
+from firstsight.log import say
 from firstsight.settings import merged, plain
 
 
-class Found(NamedTuple):
-    """What a detector found in a set, and what that took."""
+def find(
+    detector: nn.Module, images: AnnotatedImages, config: Training
+) -> tuple[list[Detections], dict[str, Any]]:
+    """The objects in all images, one `Detections` for each, and what that took."""
 
-    detections: list[Detections]
-    """One for each image."""
-    unreadable: int
-    images_per_second: float
-    """Decoding and network, over all ranks."""
+    def use(position: int, image: Tensor, result: dict[str, Tensor]) -> Detections:
+        return brought_back(result, image, images.pictures[position])
 
-
-def find(detector: Detector, images: AnnotatedImages, config: Training) -> Found:
-    """The objects in all images; each rank looks at its share of them, and knows all at the end."""
-    share = max(1, config.batch_size // distributed.world())
-    asked = Asked(
-        images=images, side=config.test_side, long_side=config.long_side, batch_size=share
-    )
-    mine = range(distributed.rank(), len(asked), distributed.world())
-    device, mode = distributed.device(), detector.training
-    detector.eval()
-    began, found, done = time.perf_counter(), dict[int, Detections](), 0
-    with torch.inference_mode(), Meter("judging", 0, len(mine)) as meter:
-        for shown, positions in each(asked, mine, config.workers):
-            floats = [one.to(device).float() / 255 for one in shown]
-            with cast_to(config.precision, device):
-                results = detector(floats) if floats else []
-            for position, image, result in zip(positions, floats, results, strict=True):
-                found[position] = brought_back(result, image, images.pictures[position])
-            done += 1
-            meter.show(done)
-    rate = len(images) / (time.perf_counter() - began)
-    for part in distributed.collect(found):
-        found |= part
-    detector.train(mode)
+    found, took = answers(detector, images, config, use)
     nothing = _nothing(config.detector == "mask-rcnn")
-    lost = len(images) - len(found)
-    return Found([found.get(i, nothing) for i in range(len(images))], lost, rate)
+    return [found.get(i, nothing) for i in range(len(images))], took
 
 
 def brought_back(result: dict[str, Tensor], image: Tensor, picture: Picture) -> Detections:
@@ -100,33 +75,27 @@ def _nothing(masks: bool) -> Detections:
 
 
 def judged(
-    detector: Detector, images: AnnotatedImages, config: Training, out: Path | None = None
+    detector: nn.Module, images: ImageSet, config: Training, out: Path | None = None
 ) -> dict[str, Any]:
-    """COCO's and VOC's figures, percent, with the speed and memory of finding.
+    """COCO's and VOC's figures (of segmentation mean IoU), percent, and what finding took.
 
     A run's folder `out` gets curves and pictures for its report. `images_per_second` counts
     decoding and the network; `peak_memory_gib` is that of the device since the start of the
     process, or of the process itself where that is the CPU.
     """
-    found = find(detector, images, config)
-    if found.unreadable:
-        say(f"{found.unreadable} images cannot be decoded: nothing is found in them")
+    if isinstance(images, SegmentedImages):
+        return segmentation.judged(detector, images, config, out)
+    found, took = find(detector, images, config)
     # on one rank, since it is the same on all, and takes memory
     result: dict[str, Any] = {}
     if distributed.rank() == 0:
-        result = figures(images, found.detections, official=config.official)
-        result["voc"] = voc_figures(images, found.detections)
+        result = figures(images, found, official=config.official)
+        result["voc"] = voc_figures(images, found)
         if out:
             result = kept_apart(out, result)
-            pictures.save(out / "pictures", images, found.detections, seed=config.seed)
+            pictures.save(out / "pictures", images, found, seed=config.seed)
         result.pop("curves", None)
-    return {
-        **distributed.share(result),
-        "images": len(images),
-        "unreadable": found.unreadable,
-        "images_per_second": round(found.images_per_second, 2),
-        "peak_memory_gib": round(trial.peak_memory(distributed.device()) / 2**30, 2),
-    }
+    return {**distributed.share(result), **took}
 
 
 def evaluate(config: Eval) -> dict[str, Any]:
@@ -146,19 +115,32 @@ def evaluate(config: Eval) -> dict[str, Any]:
     asked = dataclasses.replace(trained, **given, **same, device=config.device)
     if not asked.test_data or not asked.test_annotations:
         raise UserError(f"{config.run} was trained without test images; use --data, --annotations")
-    images = opened(asked.test_data, asked.test_annotations, asked)
+    images = opened(asked.test_data, asked.test_annotations, asked, categories)
     require_same(categories, images, asked.test_annotations)
     result = judged(detector.to(device), images, asked)
     return {"protocol": protocol(asked), **result}
 
 
-def opened(images: str, annotations: str, config: Training) -> AnnotatedImages:
-    """A set as the detector needs it: with masks where it learns or finds them."""
-    masks = config.detector == "mask-rcnn"
-    return open_annotated(images, annotations, masks=masks, max_bad=config.max_bad)
+def opened(
+    images: str, annotations: str, config: Training, categories: Sequence[str] = ()
+) -> ImageSet:
+    """A set as the detector needs it, what is wrong with it told: with masks where it learns or
+    finds them, and with the `categories` that it knows where the file lists none of its own."""
+    found: ImageSet
+    if config.segments:
+        names = tuple(categories) or config.categories
+        found = open_segmented(images, annotations, names, max_bad=config.max_bad)
+    else:
+        masks = config.detector == "mask-rcnn"
+        found = open_annotated(
+            images, annotations, masks=masks, max_bad=config.max_bad, categories=categories
+        )
+    for line in found.told():
+        say(f"{annotations}: {line}")
+    return found
 
 
-def require_same(categories: tuple[str, ...], images: AnnotatedImages, where: str) -> None:
+def require_same(categories: tuple[str, ...], images: ImageSet, where: str) -> None:
     """Refuse a set whose kinds of objects are not those that a detector knows."""
     if images.categories != categories:
         raise UserError(
@@ -185,11 +167,19 @@ _STATED = (
     *("checkpoint", "recipe", "data", "annotations", "test_data", "test_annotations"),
     *("detector", "neck", "channels", "box_head", "norm", "norm_also", "norm_eval"),
     *("frozen_stages", "trainable_layers", "roi_align", "box_loss", "short_sides", "epochs"),
-    *("steps", "batch_size", "test_side", "long_side", "precision", "official", "seed"),
+    *("crop", "steps", "batch_size", "test_side", "long_side", "precision", "official", "seed"),
 )
 
 
-def load(run: str) -> tuple[Detector, Train, tuple[str, ...]]:
+def built(
+    backbone: Backbone, classes: int, config: Training, mean: Any, std: Any
+) -> policies.Resting:
+    """The network that `config` names, on a backbone that it takes over."""
+    build = segmenters.build if config.segments else models.build
+    return build(backbone, classes, config, mean, std)
+
+
+def load(run: str) -> tuple[policies.Resting, Train, tuple[str, ...]]:
     """The detector of a run as it is now, its settings, and the names of what it knows."""
     folder = Path(run) / "checkpoints"
     state, damaged = checkpoint.newest(folder)
@@ -203,6 +193,6 @@ def load(run: str) -> tuple[Detector, Train, tuple[str, ...]]:
     config = merged(Train(checkpoint="", out=run), state["settings"], f"{folder}/last")
     about, categories = state["about"], tuple(state["categories"])
     backbone = backbones.build(about["backbone"], about["stem"], about["size"])
-    detector = models.build(backbone, len(categories), config, about["mean"], about["std"])
+    detector = built(backbone, len(categories), config, about["mean"], about["std"])
     checkpoint.load_state(detector, state["detector"], folder / "last")
     return detector, config, categories

@@ -40,20 +40,8 @@ STRIDES = (4, 8, 16, 32)
 """Of the maps that a pyramid stands on."""
 
 
-class Detector(nn.Module):
+class Detector(policies.Resting):
     """Images (3, H, W) of any sizes, values in 0 to 1; losses by name, or what was found."""
-
-    def __init__(self, network: nn.Module, resting: list[nn.Module]) -> None:
-        super().__init__()
-        self.network = network
-        self._resting = tuple(resting)  # not registered a second time
-
-    def train(self, mode: bool = True) -> Detector:
-        """Training mode, but for what rests."""
-        super().train(mode)
-        for module in self._resting:
-            module.eval()
-        return self
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Losses of a batch in training; else a dict for each image.
@@ -79,14 +67,7 @@ def build(backbone: Backbone, classes: int, config: Training, mean: Any, std: An
 
     `mean` and `std` are those that the backbone was pretrained with, of values in 0 to 1.
     """
-    if backbone.stem == "small":
-        raise UserError(
-            f"this {backbone.name} has the small stem, for images of few pixels; a detector takes "
-            "one pretrained with --stem standard"
-        )
-    policies.normalise(backbone, config.norm, config.splits)
-    resting = policies.freeze(backbone, config.frozen_stages, config.trainable_layers)
-    resting += policies.rest_norms(backbone, config.norm, config.norm_eval)
+    resting = policies.apply(backbone, config)
     if config.detector == "retinanet":
         network: Any = _retinanet(backbone, classes, config)
     elif config.neck == "c4":
@@ -140,7 +121,7 @@ class Body(nn.Module):
         with torch.no_grad():
             self.widths = [one.shape[1] for one in self(torch.zeros(1, 3, 64, 64))]
         if self._chosen:
-            _rest_unused(self)
+            rest_unused(self, self(torch.zeros(1, 3, 64, 64)))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, C_i, H / s_i, W / s_i) for each stride s_i."""
@@ -170,9 +151,9 @@ def _of_strides(backbone: Backbone) -> list[int]:
     return [last[stride] for stride in STRIDES]
 
 
-def _rest_unused(body: Body) -> None:
-    """Take the gradient from what no map depends on: several ranks would wait for it in vain."""
-    maps = body(torch.zeros(1, 3, 64, 64))
+def rest_unused(body: nn.Module, maps: list[Tensor]) -> None:
+    """Take the gradient from what none of its maps depends on: several ranks would wait for it in
+    vain."""
     learning = [p for p in body.parameters() if p.requires_grad]
     total = torch.stack([one.sum() for one in maps]).sum()
     for parameter, gradient in zip(

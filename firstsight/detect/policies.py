@@ -8,15 +8,47 @@ and their batch-norm still gathers statistics.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from firstsight.backbones import Backbone
-from firstsight.detect.settings import Norm
+from firstsight.detect.settings import Norm, Training
 from firstsight.errors import UserError
 from firstsight.norms import global_batch_norm, group_norm, split_batch_norm
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Resting(nn.Module):
+    """A network in training, but for the parts of it that rest."""
+
+    def __init__(self, network: nn.Module, resting: list[nn.Module]) -> None:
+        super().__init__()
+        self.network = network
+        self._resting = tuple(resting)  # not registered a second time
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, but for what rests."""
+        super().train(mode)
+        for module in self._resting:
+            module.eval()
+        return self
+
+
+def apply(backbone: Backbone, config: Training) -> list[nn.Module]:
+    """Give `backbone` the norms that `config` names, and take gradients from what shall rest; what
+    must stay in evaluation mode. Raises `UserError` for a backbone of small images."""
+    if backbone.stem == "small":
+        raise UserError(
+            f"this {backbone.name} has the small stem, for images of few pixels; a detector takes "
+            "one pretrained with --stem standard"
+        )
+    normalise(backbone, config.norm, config.splits)
+    resting = freeze(backbone, config.frozen_stages, config.trainable_layers)
+    return resting + rest_norms(backbone, config.norm, config.norm_eval)
 
 
 def stages(backbone: Backbone) -> list[list[nn.Module]]:

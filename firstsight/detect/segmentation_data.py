@@ -6,8 +6,9 @@ palette (whose colours mean nothing); 255 is left aside, as Pascal VOC has it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from firstsight.detect.voc import VOC_CLASSES
+from firstsight.detect.written import Fault, Faults, told
 from firstsight.errors import UserError
 from firstsight.sources.base import Pixels, UnreadableImage
 from firstsight.sources.decode import decode, sizes
@@ -22,6 +25,32 @@ from firstsight.sources.folder import Folder
 
 ASIDE = 255
 """Number of the pixels that are of no class."""
+VOC = ("background", *VOC_CLASSES)
+"""Classes of Pascal VOC's masks."""
+
+UNMARKED = "images without a mask"
+MISSING = "masks without an image"
+NO_MASK = "listed images without a mask"
+UNREADABLE = "masks or images unreadable"
+COLOURS = "masks that hold colours, not indices"
+OTHER_SIZE = "masks of another size than their image"
+NO_CLASS = "masks with a number that is no category's"
+_COSTLY = (MISSING, NO_MASK, UNREADABLE, COLOURS, OTHER_SIZE, NO_CLASS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Marked:
+    """One image and its mask."""
+
+    name: str
+    """Path of the image relative to the root of the images, with `/`."""
+    mask: str
+    """Path of its mask relative to the root of the masks."""
+    width: int
+    """Pixels, of the upright image and of the mask."""
+    height: int
+    sum: int
+    """A checksum of the mask's numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,76 +59,96 @@ class SegmentedImages:
 
     root: Path
     masks_root: Path
-    names: tuple[str, ...]
-    """Paths of images relative to `root`."""
-    masks: tuple[str, ...]
-    """Paths of their masks relative to `masks_root`."""
+    pictures: tuple[Marked, ...]
     categories: tuple[str, ...]
     """Names, in the order of their numbers."""
+    faults: Mapping[str, Fault] = field(default_factory=dict)
+    """What was left out when the set was opened, by kind."""
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.pictures)
+
+    def told(self) -> list[str]:
+        """A line for each kind of fault: how many, and where at first."""
+        return told(self.faults)
 
     def pixels(self, index: int) -> Pixels:
         """Image `index`, upright and RGB, (H, W, 3) uint8; raises `UnreadableImage`."""
+        name = self.pictures[index].name
         try:
-            data = (self.root / self.names[index]).read_bytes()
+            data = (self.root / name).read_bytes()
         except OSError as error:
-            raise UnreadableImage(f"{self.names[index]}: {error.strerror}") from error
+            raise UnreadableImage(f"{name}: {error.strerror}") from error
         return decode(data)
 
     def indices(self, index: int) -> NDArray[np.uint8]:
-        """(H, W) the class of each pixel of image `index`, 255 for none.
-
-        Raises `UserError` where a number is no category's: the mask was made for other ones.
-        """
-        path = self.masks_root / self.masks[index]
-        numbers = _numbers(path)
-        wrong = numbers[(numbers != ASIDE) & (numbers >= len(self.categories))]
-        if wrong.size:
-            raise UserError(
-                f"{path} holds class {wrong[0]}, and there are {len(self.categories)} "
-                "(--categories); name them all"
-            )
-        return numbers
+        """(H, W) the class of each pixel of image `index`, 255 for none."""
+        return _numbers(self.masks_root / self.pictures[index].mask)
 
 
 def open_segmented(
-    images: str, masks: str, categories: Sequence[str], *, only: str = ""
+    images: str, annotations: str, categories: Sequence[str] = (), *, max_bad: float = 0.01
 ) -> SegmentedImages:
-    """The images below the folder `images` that have a mask of their name below `masks`.
+    """The images below the folder `images` with the masks of their names that `annotations` means.
 
-    `categories` are the names of classes 0, 1, ...; `only` is a list of names, one a line, as
-    VOC's `ImageSets/Segmentation` has them. Raises `UserError` where no image has a mask, a listed
-    name lacks its image or mask, sizes differ, or a mask is no picture of indices.
+    `annotations` is a folder of masks, or a list of names of VOC's `ImageSets/Segmentation`, whose
+    masks are in `SegmentationClass` beside `ImageSets`. `categories` are the names of classes 0,
+    1, ...; without them those in `classes.txt` (one a line) in or beside the folder of masks, and
+    of VOC's own list `background` and its twenty.
+
+    Images without a mask are left out; so are those whose mask is missing though it is listed,
+    cannot be read, has another size or holds a number that is no category's: of these `max_bad` is
+    the share that may be, and more are a `UserError` that names the first.
     """
-    if not 1 <= len(categories) <= ASIDE:
-        raise UserError(f"{len(categories)} categories; index masks hold 1 to {ASIDE}")
-    pictures, marked = _by_name(images), _by_name(masks)
-    wanted = sorted(set(pictures) & set(marked))
-    if only:
-        try:
-            wanted = Path(only).read_text(encoding="utf-8").split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {only} ({error}); give a list of names") from None
-        for name in wanted:
-            for there, folder in ((pictures, images), (marked, masks)):
-                if name not in there:
-                    raise UserError(f"{only} names {name}, and {folder} has none of that name")
-    if not wanted:
+    path = Path(annotations)
+    listed = path.is_file()
+    if not path.exists() or (listed and path.suffix.lower() != ".txt"):
         raise UserError(
-            f"no image in {images} has a mask of its name in {masks} (the images begin with "
-            f"{min(pictures)}, the masks with {min(marked)}); point both at folders that fit"
+            f"{annotations} is no folder of index masks; give --annotations one, or a list of "
+            "VOC's ImageSets/Segmentation"
         )
+    masks = path.resolve().parents[2] / "SegmentationClass" if listed else path
+    names = tuple(categories) or _names(masks) or (VOC if listed else ())
+    if not 1 <= len(names) <= ASIDE:
+        raise UserError(
+            f"{annotations} names {len(names)} classes; give 1 to {ASIDE} by --categories, or a "
+            "line each in classes.txt beside the masks"
+        )
+    pictures, marked, faults = _by_name(images), _by_name(str(masks)), Faults()
+    wanted = path.read_text(encoding="utf-8").split() if listed else sorted(marked)
+    for name in [] if listed else sorted(set(pictures) - set(marked)):
+        faults.note(UNMARKED, pictures[name])
+    found = []
     for name in wanted:
-        _check(Path(images) / pictures[name], Path(masks) / marked[name])
+        if name not in pictures or name not in marked:
+            faults.note(MISSING if name not in pictures else NO_MASK, name)
+            continue
+        one = _checked(Path(images), pictures[name], masks, marked[name], len(names), faults)
+        if one is not None:
+            found.append(one)
+    lost = faults.total(_COSTLY)
+    if lost > max_bad * (lost + len(found)) or not found:
+        raise UserError(
+            f"{annotations} does not fit the images in {images}: {lost} of {lost + len(found)} "
+            f"masks cannot be used ({faults.reasons(_COSTLY)}); mend --annotations, or allow more "
+            "by --max-bad"
+        )
     return SegmentedImages(
         root=Path(images),
-        masks_root=Path(masks),
-        names=tuple(pictures[name] for name in wanted),
-        masks=tuple(marked[name] for name in wanted),
-        categories=tuple(categories),
+        masks_root=masks,
+        pictures=tuple(found),
+        categories=names,
+        faults=faults.kept(),
     )
+
+
+def _names(masks: Path) -> tuple[str, ...]:
+    """The lines of classes.txt in a folder of masks or beside it; none where there is no such."""
+    for folder in (masks, masks.parent):
+        file = folder / "classes.txt"
+        if file.is_file():
+            return tuple(filter(None, map(str.strip, file.read_text("utf-8").splitlines())))
+    return ()
 
 
 def _by_name(folder: str) -> dict[str, str]:
@@ -108,20 +157,31 @@ def _by_name(folder: str) -> dict[str, str]:
     return {str(PurePosixPath(name).with_suffix("")): name for name in names}
 
 
-def _check(image: Path, mask: Path) -> None:
+def _checked(
+    images: Path, name: str, masks: Path, mask: str, classes: int, faults: Faults
+) -> Marked | None:
+    """An image with its mask; None, and a fault noted, where they do not fit."""
     try:
-        (_, upright), (stored, _) = sizes(image), sizes(mask)
-        with Image.open(mask) as file:
+        (_, upright), (stored, _) = sizes(images / name), sizes(masks / mask)
+        with Image.open(masks / mask) as file:
             mode = file.mode
+        if mode not in ("L", "P", "1"):
+            faults.note(COLOURS, f"{mask} ({mode})")
+            return None
+        numbers = _numbers(masks / mask)
     except UnreadableImage as error:
-        raise UserError(f"cannot read {image} or its mask {mask} ({error}); mend it") from None
-    if mode not in ("L", "P", "1"):
-        raise UserError(f"{mask} holds colours ({mode}), not indices; save it with one channel")
+        faults.note(UNREADABLE, f"{mask} of {name} ({error})")
+        return None
     if upright != stored:
-        raise UserError(
-            f"{mask} has {stored[0]} x {stored[1]} pixels, and {image} has {upright[0]} x "
-            f"{upright[1]}; a mask is as large as its (upright) image"
-        )
+        said = f"{stored[0]} x {stored[1]}, the upright image is {upright[0]} x {upright[1]}"
+        faults.note(OTHER_SIZE, f"{mask} ({said})")
+        return None
+    wrong = numbers[(numbers != ASIDE) & (numbers >= classes)]
+    if wrong.size:
+        faults.note(NO_CLASS, f"{mask} (class {wrong[0]} of {classes})")
+        return None
+    check = zlib.crc32(numbers.tobytes())
+    return Marked(name=name, mask=mask, width=stored[0], height=stored[1], sum=check)
 
 
 def _numbers(path: Path) -> NDArray[np.uint8]:

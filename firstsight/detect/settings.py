@@ -16,6 +16,12 @@ from firstsight.errors import (
 )
 from firstsight.settings import Common, Kind
 
+HEADLINES = {
+    **dict.fromkeys(("bbox", "segm"), ("AP", "AP50", "AP75")),
+    "semantic": ("mIoU", "accuracy"),
+}
+"""Kinds of figures, and those of each that logs and comparisons show."""
+
 Norm = Literal["sync", "batch", "split", "group", "frozen"]
 
 
@@ -26,7 +32,8 @@ class Data(Common):
     data: str = ""
     """Folder of the images to train on (of `detect eval`: to judge by; as in training if empty)."""
     annotations: str = ""
-    """What is in them: COCO's JSON, a folder or list of VOC's XML, YOLO's text, boxes.csv."""
+    """What is in them: COCO's JSON, a folder or list of VOC's XML, YOLO's text, boxes.csv; index
+    masks for segmentation: a folder of them, or a list of VOC's ImageSets/Segmentation."""
     official: bool = False
     """Compute COCO's figures with pycocotools."""
     workers: int = 0
@@ -50,8 +57,12 @@ class Training(Data):
     recipe: str = ""
     """Published settings to start from; firstsight recipes lists them."""
 
-    detector: Literal["faster-rcnn", "mask-rcnn", "retinanet"] = "faster-rcnn"
-    """Two stages with boxes, two stages with boxes and masks, one stage with boxes."""
+    categories: tuple[str, ...] = ()
+    """Of index masks, names of classes 0, 1, ...; empty: lines of classes.txt beside the masks."""
+
+    detector: Literal["faster-rcnn", "mask-rcnn", "retinanet", "fcn", "deeplab"] = "faster-rcnn"
+    """Two stages with boxes, two stages with boxes and masks, one stage with boxes; or a class for
+    each pixel (semantic segmentation) by a head of FCN or of DeepLab v3."""
     neck: Literal["fpn", "c4"] = "fpn"
     """A pyramid over strides 4 to 32, or the map of stride 16 alone with the last stage of the
     ResNet in the box head."""
@@ -92,6 +103,8 @@ class Training(Data):
     """The longer side is at most this."""
     test_side: int = 800
     """Shorter side in testing."""
+    crop: int = 0
+    """Of segmentation: side of the square cut from each training image, pixels; 0: all of it."""
     flip: float = 0.5
     """Probability that an image is mirrored."""
     keep_empty: bool = False
@@ -142,7 +155,7 @@ class Training(Data):
         require_positive("--", self, "epochs", "batch_size", "base_lr", "readings")
         require_positive("--", self, "save_every", "keep", "log_every")
         require_not_negative("--", self, "steps", "weight_decay", "warmup_steps", "clip_norm")
-        require_not_negative("--", self, "precise_norm")
+        require_not_negative("--", self, "precise_norm", "crop")
         require_share("--", self, "flip")
         if self.lr is not None and not self.lr > 0:
             raise UserError(f"--lr must be above 0, not {self.lr}")
@@ -169,11 +182,25 @@ class Training(Data):
             raise UserError("--neck c4 has its own box head; leave out 4conv1fc and retinanet")
         if self.neck == "c4" and "neck" in self.norm_also:
             raise UserError("--neck c4 has no neck to put a norm in; use --norm-also heads")
+        if self.segments and (self.neck == "c4" or self.box_head != "plain" or self.norm_also):
+            raise UserError(
+                f"{self.detector} has its own head, normed as --norm says; leave out --neck, "
+                "--box-head and --norm-also"
+            )
+        if not self.segments and (self.crop or self.categories):
+            raise UserError(
+                "--crop and --categories are for segmentation; use --detector fcn or deeplab"
+            )
         if self.detector == "retinanet" and self.box_head != "plain":
             raise UserError("retinanet has its own heads; leave out --box-head")
         if self.norm == "frozen" and self.norm_also:
             raise UserError("--norm frozen rests as pretrained, and new layers were not; leave out "
                             "--norm-also")  # fmt: skip
+
+    @property
+    def segments(self) -> bool:
+        """Whether each pixel gets a class, and no box is found."""
+        return self.detector in ("fcn", "deeplab")
 
     @property
     def peak_lr(self) -> float:

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from firstsight import checkpoint, distributed, folders, keyed, optim, parallel, trial
-from firstsight.detect import models
-from firstsight.detect.annotations import AnnotatedImages
-from firstsight.detect.inputs import Batch, Steps, order_of, to_device, worth_training
-from firstsight.detect.judging import judged, opened, protocol, require_same
-from firstsight.detect.models import Detector
-from firstsight.detect.settings import UNBOUND, Train
+from firstsight.detect.inputs import Batch, ImageSet, Steps, order_of, to_device, worth_training
+from firstsight.detect.judging import built, judged, opened, protocol, require_same
+from firstsight.detect.policies import Resting
+from firstsight.detect.segmentation_data import SegmentedImages
+from firstsight.detect.settings import HEADLINES, UNBOUND, Train
 from firstsight.errors import UserError
 from firstsight.guards import (
     note_bad,
@@ -45,7 +44,7 @@ class Run:
 
     out: Path
     config: Train
-    detector: Detector
+    detector: Resting
     optimizer: torch.optim.Optimizer
     about: dict[str, Any]
     """Of the backbone."""
@@ -134,7 +133,7 @@ def train(config: Train) -> dict[str, Any]:
     return figures
 
 
-def _opened(config: Train) -> tuple[AnnotatedImages, AnnotatedImages | None]:
+def _opened(config: Train) -> tuple[ImageSet, ImageSet | None]:
     """The images to train on and to judge by; what does not fit is refused before anything is
     written."""
     if not config.data or not config.annotations:
@@ -147,17 +146,23 @@ def _opened(config: Train) -> tuple[AnnotatedImages, AnnotatedImages | None]:
             f"batch size {config.batch_size} does not divide over {world} ranks; "
             f"use --batch-size {-(-config.batch_size // world) * world}"
         )
+    if config.detector == "deeplab" and config.batch_size // world < 2:
+        raise UserError(
+            "deeplab takes a mean over each image, which batch-norm of one image cannot scale; use "
+            "a --batch-size of two or more a device"
+        )
     if config.norm == "split" and config.batch_size // world < 2 * config.splits:
         raise UserError(
             f"{config.batch_size // world} images a device do not make {config.splits} parts of "
             "two or more; use --splits or a larger --batch-size"
         )
     images = opened(config.data, config.annotations, config)
-    if config.detector == "mask-rcnn" and not images.has_masks:
+    masked = isinstance(images, SegmentedImages) or images.has_masks
+    if config.detector == "mask-rcnn" and not masked:
         raise UserError(f"{config.annotations} has no masks to learn; use --detector faster-rcnn")
     if not config.test_data:
         return images, None
-    tests = opened(config.test_data, config.test_annotations, config)
+    tests = opened(config.test_data, config.test_annotations, config, images.categories)
     require_same(images.categories, tests, config.test_annotations)
     return images, tests
 
@@ -181,16 +186,15 @@ def _begin_or_continue(config: Train, out: Path) -> None:
         write_yaml(earlier, {"name": "detect", **plain(config)})
 
 
-def started(config: Train, images: AnnotatedImages, out: Path) -> Run:
+def started(config: Train, images: ImageSet, out: Path) -> Run:
     """A detector on the device with its optimiser, as drawn by the seed, or as it was left."""
     backbone, about = checkpoint.load_backbone(config.checkpoint)
     about = checkpoint.about_backbone(
         backbone, about.get("size", 224), *(about.get(k, v) for k, v in _NORMALISED.items())
     )
     torch.manual_seed(keyed.seed(config.seed, len(images.categories)))
-    detector = models.build(
-        backbone, len(images.categories), config, about["mean"], about["std"]
-    ).to(distributed.device())
+    detector = built(backbone, len(images.categories), config, about["mean"], about["std"])
+    detector.to(distributed.device())
     groups = optim.groups(detector, config.undecayed)
     if not groups:
         raise UserError("nothing is left to learn; use another --frozen-stages")
@@ -211,9 +215,13 @@ _NORMALISED = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 """What untrained and published networks are fed with, where nothing else is known."""
 
 
-def fingerprint(images: AnnotatedImages) -> str:
-    """Changes with the names, sizes, boxes and labels of a set."""
+def fingerprint(images: ImageSet) -> str:
+    """Changes with the names, sizes, boxes and labels of a set, or with its masks."""
     digest = hashlib.sha256(repr(images.categories).encode())
+    if isinstance(images, SegmentedImages):
+        for marked in images.pictures:
+            digest.update(f"{marked.name} {marked.sum}".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()[:16]
     for one in images.pictures:
         digest.update(f"{one.name} {one.width} {one.height}".encode("utf-8", "surrogateescape"))
         digest.update(one.objects.boxes.tobytes() + one.objects.labels.tobytes())
@@ -222,8 +230,8 @@ def fingerprint(images: AnnotatedImages) -> str:
 
 def trained(
     config: Train,
-    images: AnnotatedImages,
-    tests: AnnotatedImages | None,
+    images: ImageSet,
+    tests: ImageSet | None,
     out: Path,
     order: Epochs,
     steps: int,
@@ -289,8 +297,9 @@ def trained(
                 new_bad.clear()
             if done == steps and config.precise_norm:
                 precise_norms(detector, shows, config, steps)
+            if saving:
+                refuse_nonfinite_networks(detector, step, out)  # asks all ranks
             if main and saving:
-                refuse_nonfinite_networks(detector, step, out)
                 run.save()
             figures: dict[str, float] = {}
             if reading and tests is not None:
@@ -298,8 +307,8 @@ def trained(
                 result = judged(detector, tests, config, out)
                 figures |= {
                     f"{kind}_{name}": result[kind][name]
-                    for kind in ("bbox", "segm")
-                    for name in ("AP", "AP50", "AP75")
+                    for kind in HEADLINES
+                    for name in HEADLINES[kind]
                     if result.get(kind, {}).get(name) is not None
                 }
             if logging or reading:
@@ -339,7 +348,7 @@ def gradients(model: nn.Module, batch: Batch, config: Train, step: int) -> dict[
 
 
 @torch.no_grad()
-def precise_norms(detector: Detector, shows: Steps, config: Train, first: int) -> None:
+def precise_norms(detector: Resting, shows: Steps, config: Train, first: int) -> None:
     """Give batch-norm the statistics of `config.precise_norm` more training batches.
 
     In place of the moving average, which lags behind the weights: means of the batches' means and

@@ -13,6 +13,14 @@ EXAMPLES = 5
 """Places that are named of each kind of fault."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """How often one thing was wrong, and where at first."""
+
+    count: int
+    examples: tuple[str, ...] = ()
+
+
 class Faults:
     """Counts what is wrong, by kind, and remembers where it was at first."""
 
@@ -29,6 +37,26 @@ class Faults:
     def total(self, kinds: Iterable[str]) -> int:
         """How many there are of these kinds together."""
         return sum(self.counts.get(kind, 0) for kind in kinds)
+
+    def reasons(self, kinds: Iterable[str]) -> str:
+        """How many there are of each of these kinds, and where the first was."""
+        return "; ".join(
+            f"{self.counts[kind]} {kind}, first {self.examples[kind][0]}"
+            for kind in kinds
+            if kind in self.counts
+        )
+
+    def kept(self) -> dict[str, Fault]:
+        """All of them by kind, as a set keeps them."""
+        return {
+            kind: Fault(count=count, examples=tuple(self.examples[kind]))
+            for kind, count in self.counts.items()
+        }
+
+
+def told(faults: Mapping[str, Fault]) -> list[str]:
+    """A line for each kind of fault: how many, and where at first."""
+    return [f"{one.count} {kind} ({', '.join(one.examples)})" for kind, one in faults.items()]
 
 
 @dataclass(slots=True, kw_only=True)

@@ -114,7 +114,7 @@ def _facts(run: Run) -> str:
         ("Time", duration(run.summary.get("seconds"))),
         ("Images a second", brief(run.rate) if run.rate else NONE),
         ("Unreadable", f"{run.bad_images:,}"),
-        ("Backbone", f"{ask.get('backbone', NONE)}"),
+        ("Backbone", f"{ask.get('backbone', ask.get('checkpoint', NONE))}"),
         ("View size", f"{side} px" if side else NONE),
         ("Batch", f"{ask.get('batch-size', NONE)}"),
     ]

@@ -25,12 +25,19 @@ _MEANING = {
     "ARm": "recall, objects below 96² pixels",
     "ARl": "recall, larger objects",
 }
+_PIXELS = {"mIoU": "mean over classes of the IoU of pixels", "accuracy": "pixels that are right"}
 _CLASSES = 8
 """Curves of classes in one drawing: those with most objects."""
 
 
 def headline(run: Run) -> str:
     """The average precision in large figures."""
+    if "semantic" in run.figures:
+        return (
+            f'<p class="figure"><b>{_figure(run.figures["semantic"].get("mIoU"))}</b></p>\n'
+            '<p class="lead">Mean IoU on the test images, in percent: the mean over classes of the '
+            "pixels that are right over those that are of the class or found to be.</p>\n"
+        )
     found = [
         f'{_figure(run.figures[kind].get("AP"))} <span class="from">{name}</span>'
         for kind, name in _KINDS.items()
@@ -54,7 +61,7 @@ def sections(runs: Sequence[Run]) -> list[tuple[str, str]]:
     if not judged:
         return []
     return [
-        ("Figures", "".join(_table(kind, judged) for kind in _KINDS)),
+        ("Figures", "".join(_table(kind, judged) for kind in (*_KINDS, "semantic"))),
         ("Precision over recall", _charts(judged)),
         ("Classes", "".join(_classes(run, len(judged) == 1) for run in judged)),
     ]
@@ -64,12 +71,14 @@ def _table(kind: str, runs: Sequence[Run]) -> str:
     there = [run for run in runs if kind in run.figures]
     if not there:
         return ""
+    meanings = _PIXELS if kind == "semantic" else _MEANING
     rows = [
         (name, [meaning, *(_figure(run.figures[kind].get(name)) for run in there)])
-        for name, meaning in _MEANING.items()
+        for name, meaning in meanings.items()
     ]
     heads = ["Percent"] if len(runs) == 1 else [escape(run.label) for run in there]
-    return table(["Figure", "", *heads], rows, left=2, caption=f"COCO's figures of {_KINDS[kind]}")
+    what = f"COCO's figures of {_KINDS[kind]}" if kind in _KINDS else "Segmentation, percent"
+    return table(["Figure", "", *heads], rows, left=2, caption=what)
 
 
 def _figure(value: Any) -> str:
@@ -123,6 +132,8 @@ def _rows(run: Run) -> list[dict[str, Any]]:
 
 def _classes(run: Run, alone: bool) -> str:
     rows = _rows(run)
+    if "semantic" in run.figures:
+        return _pixel_classes(run, rows, alone)
     kinds = [kind for kind in _KINDS if rows and kind in rows[0]]
     names = ["Class", "Objects"]
     names += [f"{name}, {_KINDS[kind]}" for kind in kinds for name in ("AP", "AP50", "AR100")]
@@ -138,3 +149,15 @@ def _classes(run: Run, alone: bool) -> str:
     ]
     caption = "Each class" if alone else f"Each class, {escape(run.label)}"
     return table(names, body, caption=f"{caption}, percent") if rows else ""
+
+
+def _pixel_classes(run: Run, rows: Sequence[dict[str, Any]], alone: bool) -> str:
+    body = [
+        (
+            escape(str(row["name"])),
+            [f"{row['pixels']:,}", _figure(row.get("IoU")), _figure(row.get("recall"))],
+        )
+        for row in rows
+    ]
+    caption = "Each class" if alone else f"Each class, {escape(run.label)}"
+    return table(["Class", "Pixels", "IoU", "Found"], body, caption=f"{caption}, percent")

@@ -125,6 +125,7 @@ def test_transformers_gets_a_folder_under_its_names(moco, tmp_path):
     assert str(tmp_path / "hf/backbone.json") == result["files"][-1]
 
 
+@pytest.mark.slow
 def test_transformers_give_the_same_features(moco, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers are not installed")
     file, network = moco
@@ -255,6 +256,7 @@ def test_onnx_takes_any_number_of_images(moco, tmp_path, monkeypatch):
             convert.run(file, str(tmp_path / "x.onnx"), to="onnx")
 
 
+@pytest.mark.slow
 def test_onnxruntime_gives_the_same_features(moco, tmp_path):
     for needed in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(needed, reason=f"{needed} is not installed")

@@ -5,16 +5,19 @@ import io
 import json
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from firstsight.detect.annotations import open_annotated
 from firstsight.detect.figures import figures, tabled
-from firstsight.detect.masks import bitmap
+from firstsight.detect.masks import bitmap, encode
 from firstsight.detect.voc_figures import voc_average_precision, voc_figures
 from firstsight.errors import UserError
 from tests.detect.sets import detections, drawn, images, objects
 
+COCO = Path(__file__).resolve().parents[3] / "shared/data/coco"
 SIZES = {"": (0, 1e10), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}
 NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 
@@ -368,3 +371,24 @@ def test_voc_counts_an_overlap_at_the_limit():
     truth = images(objects([(0, 0, 40, 40)], [0]))
     half = [detections([(0, 0, 40, 20)], [0.9], [0])]
     assert voc_average_precision(truth, half, points=None)["AP10"] == pytest.approx(100)
+
+
+@pytest.mark.slow
+@pytest.mark.photos
+@pytest.mark.parametrize("official", [False, True])
+def test_what_people_marked_in_real_coco_gets_100(official):
+    """Boxes and masks, crowds in run lengths and empty images among them, found as marked."""
+    if not COCO.is_dir():
+        pytest.skip("no photographs in ../shared/data/coco beside the repository")
+    truth = open_annotated(str(COCO / "val2017"), str(COCO / "annotations/instances_val2017.json"))
+    found = []
+    for i, picture in enumerate(truth.pictures):
+        own = picture.objects
+        kept = ~own.crowd
+        runs = tuple(encode(one) for one in truth.bitmaps(i)[kept])
+        found.append(detections(own.boxes[kept], np.ones(kept.sum()), own.labels[kept], runs))
+    assert not all(len(one.scores) for one in found)
+    result = figures(truth, found, official=official)
+    for kind in ("bbox", "segm"):
+        assert result[kind]["AP"] == pytest.approx(100) == result[kind]["AR100"]
+    assert result["per_class"][0]["objects"] > 100

@@ -1,5 +1,7 @@
 """Index masks beside images, and the mean IoU against a plain loop."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -28,44 +30,57 @@ def folders(tmp_path):
     return str(images), str(masks), values
 
 
-def test_indices_are_read_whatever_their_colours(folders):
+def test_indices_are_read_whatever_their_colours(folders, tmp_path):
     images, masks, values = folders
     one = open_segmented(images, masks, NAMES)
-    assert one.names == ("x.jpg", "y.jpg") and one.masks == ("x.png", "y.png") and len(one) == 2
+    pairs = [(p.name, p.mask, p.width, p.height) for p in one.pictures]
+    assert pairs == [("x.jpg", "x.png", 6, 4), ("y.jpg", "y.png", 6, 4)] and len(one) == 2
     assert (one.indices(0) == values).all() and (one.indices(1) == values[::-1]).all()
-    assert one.pixels(0).shape == (4, 6, 3)
-    chosen = f"{masks}/list.txt"
-    with open(chosen, "w") as file:
-        file.write("y\n")
-    assert open_segmented(images, masks, NAMES, only=chosen).names == ("y.jpg",)
+    assert one.pixels(0).shape == (4, 6, 3) and one.pictures[0].sum != one.pictures[1].sum
+    assert one.told() == ["1 images without a mask (z.jpg)"]
+    (tmp_path / "classes.txt").write_text("a\nb\n\nc\n")
+    assert open_segmented(images, masks).categories == ("a", "b", "c")
 
 
-def test_bad_masks_are_one_sentence_each(folders, tmp_path):
+def test_lists_of_voc_choose_images_and_know_its_classes(folders, tmp_path):
     images, masks, _ = folders
-    with pytest.raises(UserError, match=r"holds class 2, and there are 2"):
-        open_segmented(images, masks, NAMES[:2]).indices(0)
-    with open(tmp_path / "list", "w") as file:
-        file.write("z\n")
-    with pytest.raises(UserError, match=r"names z, and .*masks has none"):
-        open_segmented(images, masks, NAMES, only=str(tmp_path / "list"))
-    with pytest.raises(UserError, match="cannot read"):
-        open_segmented(images, masks, NAMES, only=str(tmp_path / "absent"))
-    with pytest.raises(UserError, match="0 categories"):
-        open_segmented(images, masks, ())
+    lists = tmp_path / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    os.rename(masks, tmp_path / "SegmentationClass")
+    (lists / "val.txt").write_text("y\n")
+    one = open_segmented(images, str(lists / "val.txt"))
+    assert [p.name for p in one.pictures] == ["y.jpg"] and one.told() == []
+    assert one.categories[:2] == ("background", "aeroplane") and len(one.categories) == 21
+    (lists / "val.txt").write_text("y\nz\nw\n")
+    with pytest.raises(UserError, match=r"2 of 3 masks .*1 masks without an image, first w; 1 li"):
+        open_segmented(images, str(lists / "val.txt"))
+    one = open_segmented(images, str(lists / "val.txt"), max_bad=0.7)
+    assert one.told()[0] == "1 listed images without a mask (z)" and len(one) == 1
+
+
+def test_bad_masks_are_counted_named_and_left_out(folders, tmp_path):
+    images, masks, _ = folders
+
+    def refused(said, names=NAMES, where=masks):
+        with pytest.raises(UserError, match=said):
+            open_segmented(images, where, names)
+
+    refused(r"2 of 2 masks .*2 masks with a number .*first x\.png \(class 2 of 2\)", NAMES[:2])
+    refused(r"names 0 classes; give 1 to 255 by --categories", ())
+    refused("no folder of index masks", where=str(tmp_path / "absent"))
     Image.new("L", (4, 6)).save(tmp_path / "masks/z.png")
-    with pytest.raises(UserError, match=r"4 x 6 pixels, and .* has 6 x 4"):
-        open_segmented(images, masks, NAMES)
+    said = r"1 of 3 masks cannot be used \(1 masks of another size than their image, first z\.png"
+    refused(said + r" \(4 x 6, the upright image is 6 x 4\)\); mend .*--max-bad")
+    one = open_segmented(images, masks, NAMES, max_bad=0.5)
+    assert len(one) == 2 and "1 masks of another size than their image" in one.told()[0]
     Image.new("RGB", (6, 4)).save(tmp_path / "masks/z.png")
-    with pytest.raises(UserError, match="holds colours"):
-        open_segmented(images, masks, NAMES)
+    refused(r"hold colours, not indices, first z\.png \(RGB\)")
     (tmp_path / "masks/z.png").write_bytes(b"none")
-    with pytest.raises(UserError, match="cannot read"):
-        open_segmented(images, masks, NAMES)
+    refused(r"unreadable, first z\.png of z\.jpg")
     other = tmp_path / "other"
     other.mkdir()
     Image.new("L", (6, 4)).save(other / "w.png")
-    with pytest.raises(UserError, match=r"no image .* has a mask of its name"):
-        open_segmented(images, str(other), NAMES)
+    refused(r"1 of 1 masks .*without an image, first w", where=str(other))
 
 
 def test_mean_iou_is_that_of_a_plain_loop():

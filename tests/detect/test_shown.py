@@ -94,3 +94,23 @@ def test_reports_compare_detectors_and_tell_when_there_are_no_figures(tmp_path):
     (one / "summary.json").unlink()
     said = words(Page(write_report([one], tmp_path / "one.html").read_text()))
     assert "No figures yet" in said
+
+
+def test_the_report_of_a_segmenter_and_of_two(tmp_path):
+    for name, iou in (("one", 41.25), ("other", 52.5)):
+        (tmp_path / name).mkdir()
+        settings = {"detector": "fcn", "checkpoint": "random:resnet18", "epochs": 1}
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(settings))
+        (tmp_path / name / "log.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}))
+        rows = [{"name": "sea", "pixels": 1200, "IoU": iou, "recall": 66.6},
+                {"name": "<sky>", "pixels": 0, "IoU": None, "recall": None}]  # fmt: skip
+        test = {"semantic": {"mIoU": iou, "accuracy": 71.5}, "per_class": rows}
+        (tmp_path / name / "summary.json").write_text(json.dumps({"steps": 1, "test": test}))
+    text = write_report([tmp_path / "one"], tmp_path / "one.html").read_text()
+    said = words(Page(text))
+    for shown in ("41.2", "Mean IoU on the test images", "71.5", "sea", "1,200", "66.6", "<sky>"):
+        assert shown in said
+    assert "Precision over recall" not in said and "random:resnet18" in said
+    assert "<sky>" not in text
+    both = write_report([tmp_path / "one", tmp_path / "other"], tmp_path / "both.html").read_text()
+    assert all(shown in words(Page(both)) for shown in ("41.2", "52.5", "Each class, other"))

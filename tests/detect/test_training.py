@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import multiprocessing
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def sets(monkeypatch):
     names = dataclasses.replace(known["other"], categories=("red", "green"))
     known["other"] = names
     for module in (training, judging):
-        monkeypatch.setattr(module, "opened", lambda data, annotations, config: known[data])
+        monkeypatch.setattr(module, "opened", lambda data, *_: known[data])
     monkeypatch.setattr(judging, "figures", lambda *_, **__: {"bbox": {"AP": 1.0, "AP50": None}})
     return known
 
@@ -162,9 +163,9 @@ def test_perfect_detections_come_back_to_the_original_and_get_100(monkeypatch):
             }
 
     values = config(detector="mask-rcnn", test_side=100, long_side=130, batch_size=2)
-    found = judging.find(Knowing(), images, values)
-    assert found.unreadable == 0 and len(found.detections) == 5
-    for picture, one in zip(images.pictures, found.detections, strict=True):
+    found, took = judging.find(Knowing(), images, values)
+    assert took["unreadable"] == 0 and len(found) == 5
+    for picture, one in zip(images.pictures, found, strict=True):
         assert one.boxes == pytest.approx(picture.objects.boxes, abs=0.01)
         for mask, box in zip(one.masks, picture.objects.boxes.astype(int), strict=True):
             drawn = np.zeros((picture.height, picture.width), bool)
@@ -172,7 +173,7 @@ def test_perfect_detections_come_back_to_the_original_and_get_100(monkeypatch):
             pasted = decode(mask, picture.height, picture.width)
             # torchvision pastes to whole pixels, the last ones included
             assert (pasted & drawn).sum() == drawn.sum() and pasted.sum() < 1.2 * drawn.sum()
-    result = figures(images, found.detections)
+    result = figures(images, found)
     assert result["bbox"]["AP"] == pytest.approx(100)
     assert result["segm"]["AP50"] == pytest.approx(100)
 
@@ -228,6 +229,25 @@ def test_ranks_average_their_gradients(monkeypatch):
         assert one == pytest.approx((first + second) / 2, abs=1e-5)
 
 
+def _rank_of_a_run(rank, folder):
+    known = {"squares": squares(24), "tests": squares(5, 1000)}
+    with mock.patch.object(training, "opened", lambda data, *_: known[data]):
+        try:
+            values = {"steps": 2, "save_every": 1, "detector": "mask-rcnn", **JUDGED}
+            return training.train(config(folder, norm="sync", precise_norm=1, **values))
+        finally:
+            distributed.stop()
+
+
+@pytest.mark.slow
+def test_two_ranks_walk_the_whole_road(tmp_path, on_ranks):
+    """Steps, checkpoints, statistics, figures of boxes and masks: nobody waits for ever."""
+    one, other = on_ranks(_rank_of_a_run, tmp_path)
+    assert all(one["test"][k] == other["test"][k] for k in ("bbox", "segm", "voc", "per_class"))
+    assert one["test"]["images"] == 5 and (tmp_path / "checkpoints/step-00000002.pt").exists()
+    assert one["test"]["bbox"]["AP"] is not None and (tmp_path / "curves.json").exists()
+
+
 @pytest.mark.slow
 def test_it_learns(sets, tmp_path, monkeypatch):
     """Squares of two colours, from an untrained network: 90 steps are enough to find them."""
@@ -263,3 +283,9 @@ def test_a_comparison_is_runs_over_seeds(sets, tmp_path, monkeypatch, capsys):
     assert first["bbox"]["AP"] == {"mean": 13.5, "least": 13.0, "most": 14.0, "each": [13.0, 14.0]}
     assert second["bbox"]["AP50"]["mean"] == 47 and "AP75" not in second["bbox"]
     assert "13.5 (13.0 to 14.0)" in capsys.readouterr().out
+
+
+def test_segmenters_are_compared_by_their_own_figures():
+    tests = [{"semantic": {"mIoU": value, "accuracy": None}, "per_class": []} for value in (4.0, 8)]
+    spread = comparing.spread(tests)
+    assert spread == {"semantic": {"mIoU": {"mean": 6, "least": 4, "most": 8, "each": [4, 8]}}}
