@@ -24,7 +24,7 @@ from firstsight.batch import Batch, Colours
 from firstsight.errors import UserError
 from firstsight.log import say
 from firstsight.merging import Merger
-from firstsight.sources.base import Pixels, Source, UnreadableImage, readable
+from firstsight.sources.base import Pixels, Source, UnreadableImage, readable, readable_by
 from firstsight.views import Interpolation, Views
 from firstsight.views.apply import Crop, apply, crop_resize, eval_view
 from firstsight.views.batched import coloured
@@ -38,6 +38,8 @@ ViewsOn = Literal["worker", "device"]
 """Who flips, colours and blurs views: the process that cuts them out, or the training device."""
 
 _Made = TypeVar("_Made")
+_Found = tuple[int, Pixels, tuple[int, int], tuple[int, int]]
+"""Position of an image, its pixels, size of the original, and size of what the pixels cover."""
 
 _LIVES = 10
 _CHUNK = 32
@@ -78,23 +80,18 @@ class Steps(Dataset[Any]):
         chosen = np.empty_like(index)  # other images where some cannot be decoded
         for start in range(0, len(index), _CHUNK):
             part = slice(start, start + _CHUNK)
-            found = [readable(self.source, int(i), self.seed, bad) for i in index[part]]
-            chosen[part], images = zip(*found, strict=True)
+            found = [self._read(int(i), self.order.epoch(step), bad) for i in index[part]]
+            chosen[part], images, full, covered = zip(*found, strict=True)
             held = np.array([(image.shape[1], image.shape[0]) for image in images])
-            shapes = np.array(
-                [
-                    self.source.full_size(int(i), image)
-                    for i, image in zip(chosen[part], images, strict=True)
-                ]
-            )
             drawn = draw(
-                self.views, shapes, seed=self.seed, epoch=self.order.epoch(step), index=index[part]
+                self.views, full, seed=self.seed, epoch=self.order.epoch(step), index=index[part]
             )
             crops[part], flips[part] = drawn.crops, drawn.flips
             drawings.append(drawn)
             merges = self.merger.draw(self.order.epoch(step), index[part]) if self.merger else None
-            if (held != shapes).any():  # smaller pictures stand for the originals
-                drawn = dataclasses.replace(drawn, crops=rescaled(drawn.crops, shapes, held))
+            if (held != covered).any():  # smaller pictures stand for the originals
+                crops_held = rescaled(drawn.crops, np.array(covered), held)
+                drawn = dataclasses.replace(drawn, crops=crops_held)
             for b, image in enumerate(images):
                 for v, picture in enumerate(pictures):
                     shown = image
@@ -113,6 +110,35 @@ class Steps(Dataset[Any]):
             colours=colours_of(drawings) if self.views_on == "device" else (),
             coming=torch.from_numpy(self.order.indices(step + 1).copy()),
         )
+
+    def _read(self, index: int, epoch: int, bad: list[str]) -> _Found:
+        """Image `index`, or what replaces it, as small as its views allow."""
+        full = (0, 0)
+
+        def shrink(width: int, height: int) -> int:
+            nonlocal full
+            full = width, height
+            return self._smaller(index, epoch, full)
+
+        def read(chosen: int) -> tuple[Pixels, int]:
+            whole = self.merger or not self.views.margin  # backgrounds go into whole images
+            source = self.source
+            return (source.pixels(chosen), 1) if whole else source.reduced(chosen, shrink)
+
+        chosen, (pixels, by) = readable_by(read, self.source, index, self.seed, bad)
+        if by == 1:
+            full = self.source.full_size(chosen, pixels)
+            return chosen, pixels, full, full
+        return chosen, pixels, full, (pixels.shape[1] * by, pixels.shape[0] * by)
+
+    def _smaller(self, index: int, epoch: int, full: tuple[int, int]) -> int:
+        """How many times smaller image `index` of this size may be for all of its views."""
+        least = self.views.margin * np.array(self.views.sides(self.size))  # (V,)
+        if min(full) < 2 * least.max():  # no crop of it could be large enough
+            return 1
+        drawn = draw(self.views, full, seed=self.seed, epoch=epoch, index=[index])
+        shorter = (drawn.crops[0, :, 2:] - drawn.crops[0, :, :2]).min(1)  # (V,)
+        return max(by for by in (1, 2, 4, 8) if by == 1 or (shorter >= by * least).all())
 
     def _make(self, image: Pixels, drawn: Drawn, b: int, v: int, out: Pixels) -> None:
         """View `v` of image `b`, as far as it is made here."""
@@ -303,14 +329,21 @@ def normalised(
 
 
 def on_device(
-    batch: Batch, views: Views, device: torch.device, layout: torch.memory_format
+    batch: Batch,
+    views: Views,
+    device: torch.device,
+    layout: torch.memory_format,
+    compiled: bool = False,
 ) -> Batch:
-    """The batch as a method sees it: on the device, coloured there if so, normalised floats."""
-    flips = batch.flips  # on the CPU, as they are
+    """The batch as a method sees it: on the device, coloured there if so, normalised floats.
+
+    `compiled` counts on CUDA, where it fuses the colours.
+    """
     batch = batch.to(device)
     if batch.colours:
-        drawn = zip(batch.views, flips, batch.colours, strict=True)
-        batch = dataclasses.replace(batch, views=tuple(coloured(*each) for each in drawn))
+        drawn = zip(batch.views, batch.flips, batch.colours, strict=True)
+        fused = compiled and device.type == "cuda"
+        batch = dataclasses.replace(batch, views=tuple(coloured(*each, fused) for each in drawn))
     floats = tuple(normalised(view, views.mean, views.std, layout) for view in batch.views)
     return dataclasses.replace(batch, views=floats)
 

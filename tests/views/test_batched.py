@@ -8,6 +8,7 @@ import torch
 import torchvision.transforms.functional as tvf
 from PIL import Image
 
+from firstsight import loader
 from firstsight.loader import Steps, colours_of, on_device
 from firstsight.order import Epochs
 from firstsight.sources.base import Source
@@ -177,3 +178,37 @@ def test_orders_of_the_jitter_are_each_images_own():
                 expected = operations[number](expected, drawn.factors[b, 0, number])
         assert_near(got[b], expected, mean=0.6, largest=4)
     assert len({tuple(order) for order in drawn.order[:, 0]}) > 2
+
+
+@pytest.mark.parametrize("compiler", ["none", pytest.param("eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("preset", ["byol", "simclr"])
+def test_what_is_compiled_makes_the_same_pictures(preset, compiler, monkeypatch):
+    """The one pass over all images itself; and as torch traces it, whole and without code."""
+    one_pass = batched.each_point
+    if compiler == "eager":
+        one_pass = torch.compile(batched.each_point, backend="eager", fullgraph=True, dynamic=False)
+    used = []
+    monkeypatch.setattr(batched, "_compiled", lambda: lambda *a: used.append(1) or one_pass(*a))
+    views = dataclasses.replace(PRESETS[preset], hue=0.2, gray=0.4, jitter=0.7)
+    count = 40
+    drawn = draw(views, [(SIDE, SIDE)] * count, seed=3, epoch=0, index=np.arange(count))
+    pixels = stacked([PICTURES[k % 6] for k in range(count)])
+    for v, colours in enumerate(colours_of([drawn])):
+        flips = torch.from_numpy(drawn.flips[:, v])
+        expected = batched.coloured(pixels, flips, colours)
+        assert torch.equal(batched.coloured(pixels, flips, colours, compiled=True), expected)
+    assert used == [1, 1]
+
+
+def test_colours_are_compiled_on_cuda_alone(monkeypatch):
+    seen = []
+    monkeypatch.setattr(loader, "coloured", lambda *a: seen.append(a[-1]) or a[0].float())
+    monkeypatch.setattr(loader, "normalised", lambda view, *_: view)
+    monkeypatch.setattr(loader.Batch, "to", lambda self, device: self)
+    steps = Steps(source=Few(), views=PRESETS["simclr"], size=8, order=Epochs(12, 2, 0), seed=0,
+                  rank=0, world=1, views_on="device")  # fmt: skip
+    for kind in ("cpu", "cuda"):
+        for compiled in (False, True):
+            on_device(steps.batch(0), steps.views, torch.device(kind), torch.contiguous_format,
+                      compiled)  # fmt: skip
+    assert seen == [False] * 6 + [True] * 2
