@@ -41,6 +41,9 @@ _Made = TypeVar("_Made")
 _Found = tuple[int, Pixels, tuple[int, int], tuple[int, int]]
 """Position of an image, its pixels, size of the original, and size of what the pixels cover."""
 
+_compiles = True
+"""Whether compiling colours has not failed yet in this process."""
+
 _LIVES = 10
 _CHUNK = 32
 """Decoded images held at a time: enough to draw for many at once, few enough for memory."""
@@ -337,15 +340,30 @@ def on_device(
 ) -> Batch:
     """The batch as a method sees it: on the device, coloured there if so, normalised floats.
 
-    `compiled` counts on CUDA, where it fuses the colours.
+    `compiled`, the colours are fused, where a compiler can do that.
     """
     batch = batch.to(device)
     if batch.colours:
         drawn = zip(batch.views, batch.flips, batch.colours, strict=True)
-        fused = compiled and device.type == "cuda"
-        batch = dataclasses.replace(batch, views=tuple(coloured(*each, fused) for each in drawn))
+        views_made = tuple(_coloured(*each, compiled) for each in drawn)
+        batch = dataclasses.replace(batch, views=views_made)
     floats = tuple(normalised(view, views.mean, views.std, layout) for view in batch.views)
     return dataclasses.replace(batch, views=floats)
+
+
+def _coloured(view: Tensor, flips: Tensor, colours: Colours, compiled: bool) -> Tensor:
+    """`coloured`; one after the other, and said once, where compiling fails."""
+    global _compiles
+    if compiled and _compiles:
+        try:
+            return coloured(view, flips, colours, compiled=True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # each compiler has its own, from a missing Triton to a bug
+            _compiles = False
+            reason = str(error).strip().partition("\n")[0]
+            say(f"--compile leaves the colours of views as they are, which takes longer ({reason})")
+    return coloured(view, flips, colours)
 
 
 @dataclass(frozen=True, kw_only=True)

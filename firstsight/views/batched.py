@@ -27,9 +27,9 @@ def coloured(views: Tensor, flips: Tensor, colours: Colours, compiled: bool = Fa
 
     `colours` lie on the CPU, so that which images draw what is known without waiting for the
     device; the images that did not draw a costly operation are not touched by it. `compiled`, the
-    flip, the jitter and the grey are one pass over all images instead, made by torch.compile: it
-    does more arithmetic and reads each pixel few times, for GPUs. The pictures are the same but for
-    a level where the compiler rounds a sum otherwise.
+    flip, the jitter and the grey are one pass over all images instead, made by torch.compile for
+    each shape: it does more arithmetic and reads each pixel few times. The pictures are the same
+    but for a level where the compiler rounds a sum otherwise. Raises what the compiler raises.
     """
     if compiled:
         points = [_moved(n, views) for n in (flips, *_parameters(colours), colours.gray)]
@@ -143,22 +143,28 @@ def adjust_hue(images: Tensor, shifts: Tensor) -> Tensor:
 def blur(images: Tensor, sigmas: Tensor) -> Tensor:
     """Gaussians of standard deviations `sigmas` (B,) pixels, cut at three sigma, mirrored edges."""
     height, width = images.shape[-2:]
-    down, across = (_moved(_gaussians(sigmas, n), images) for n in (height, width))
+    across = _gaussians(sigmas, width, images)
+    down = across if height == width else _gaussians(sigmas, height, images)
     return _columns(_rows(images, across), down).round()
 
 
-def _gaussians(sigmas: Tensor, length: int) -> Tensor:
-    """(B, length, length): row i weighs the pixels that make pixel i of a blurred line."""
+def _gaussians(sigmas: Tensor, length: int, images: Tensor) -> Tensor:
+    """(B, length, length): row i weighs the pixels that make pixel i of a blurred line.
+
+    Made on the device of the images: a processor would fill these matrices for longer than a GPU
+    trains on the batch.
+    """
     taps = torch.round(6 * sigmas + 1).long() | 1
     reach = int(taps.max()) // 2
     places = torch.arange(-reach, reach + 1)
     weights = torch.exp(-(places**2) / (2 * sigmas.double().view(-1, 1) ** 2))
     weights = weights * (places.abs() <= taps.view(-1, 1) // 2)
     weights = (weights / weights.sum(1, keepdim=True)).float()  # (B, 2 reach + 1)
-    lines = torch.zeros(len(sigmas), length, length)
+    weights = _moved(weights, images)
+    lines = torch.zeros(len(sigmas), length, length, device=images.device)
+    line = torch.arange(length, device=images.device)
     for tap, place in enumerate(places.tolist()):
-        of = _mirrored(torch.arange(length) + place, length)
-        lines[:, torch.arange(length), of] += weights[:, tap, None]
+        lines[:, line, _mirrored(line + place, length)] += weights[:, tap, None]
     return lines
 
 
@@ -180,21 +186,24 @@ def crop_resize(
     `resize`: a pixel of the result never reads beyond its box. Values outside H and W are not read.
     """
     height, width = images.shape[-2:]
-    boxes = boxes.double()
+    boxes = _moved(boxes.double(), images)
     across = weights(boxes[:, 0], boxes[:, 2], width, size, interpolation)
     down = weights(boxes[:, 1], boxes[:, 3], height, size, interpolation)
-    rows = _level(_rows(images.float(), _moved(across, images)))  # whole, as Pillow has them
-    return _level(_columns(rows, _moved(down, images))).to(torch.uint8)
+    rows = _level(_rows(images.float(), across))  # whole, as Pillow has them
+    return _level(_columns(rows, down)).to(torch.uint8)
 
 
 def weights(
     first: Tensor, last: Tensor, length: int, size: int, interpolation: Interpolation
 ) -> Tensor:
-    """(B, size, length): row i weighs the pixels of a line that make pixel i of the result."""
+    """(B, size, length): row i weighs the pixels of a line that make pixel i of the result.
+
+    Made where `first` and `last` (B,) lie.
+    """
     first, last = first.view(-1, 1, 1), last.view(-1, 1, 1)
     scale = (last - first) / size
-    centres = first + (torch.arange(size).view(-1, 1) + 0.5) * scale
-    pixels = torch.arange(length) + 0.5
+    centres = first + (torch.arange(size, device=first.device).view(-1, 1) + 0.5) * scale
+    pixels = torch.arange(length, device=first.device) + 0.5
     distance = (pixels - centres).abs() / scale.clamp(min=1)  # shrinking widens the filter
     kernel = (1 - distance).clamp(min=0) if interpolation == "bilinear" else _cubic(distance)
     kernel = kernel * ((pixels > first) & (pixels < last))
