@@ -25,7 +25,7 @@ from firstsight.errors import UserError
 from firstsight.log import say
 from firstsight.merging import Merger
 from firstsight.sources.base import Pixels, Source, UnreadableImage, readable, readable_by
-from firstsight.views import Interpolation, Views
+from firstsight.views import Interpolation, Views, many
 from firstsight.views.apply import Crop, apply, crop_resize, eval_view
 from firstsight.views.batched import coloured
 from firstsight.views.draw import Drawn, draw
@@ -47,6 +47,8 @@ _compiles = True
 _LIVES = 10
 _CHUNK = 32
 """Decoded images held at a time: enough to draw for many at once, few enough for memory."""
+_MANY = 256
+"""The same of small ones, after some that were small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +83,10 @@ class Steps(Dataset[Any]):
         bad: list[str] = []
         drawings = []
         chosen = np.empty_like(index)  # other images where some cannot be decoded
-        for start in range(0, len(index), _CHUNK):
-            part = slice(start, start + _CHUNK)
+        end, ahead = 0, _CHUNK
+        while end < len(index):
+            start, end = end, end + ahead
+            part = slice(start, end)
             found = [self._read(int(i), self.order.epoch(step), bad) for i in index[part]]
             chosen[part], images, full, covered = zip(*found, strict=True)
             held = np.array([(image.shape[1], image.shape[0]) for image in images])
@@ -95,6 +99,11 @@ class Steps(Dataset[Any]):
             if (held != covered).any():  # smaller pictures stand for the originals
                 crops_held = rescaled(drawn.crops, np.array(covered), held)
                 drawn = dataclasses.replace(drawn, crops=crops_held)
+            if not self.merger and self.views_on == "worker" and many.suits(images, max(sizes)):
+                outs = [picture[part] for picture in pictures]
+                many.apply(images, drawn, self.views.interpolation, outs, self.views.mean)
+                ahead = _MANY
+                continue
             for b, image in enumerate(images):
                 for v, picture in enumerate(pictures):
                     shown = image
