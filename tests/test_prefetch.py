@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from firstsight import watch
 from firstsight.batch import Batch
 from firstsight.prefetch import ahead
 
@@ -117,6 +118,26 @@ def test_on_a_gpu_content_and_order_stay():
     for number, one in enumerate(ahead((batch(k) for k in range(50)), torch.device("cuda:0"))):
         assert all(tensor.is_cuda for tensor in one.tensors())
         assert all(map(torch.equal, (t.cpu() for t in one.tensors()), batch(number).tensors()))
+
+
+def test_the_share_of_time_that_training_waited_is_told(tmp_path, monkeypatch):
+    """Three seconds for each batch, one for each step; then a loader that is always ready."""
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(watch.time, "perf_counter", lambda: clock.now)
+
+    def slow(seconds):
+        for number in range(4):
+            clock.now += seconds
+            yield batch(number)
+
+    watched = watch.Watch(tmp_path, timeout=60)
+    for seconds, share in ((3.0, 0.75), (0.0, 0.0)):
+        for _, one in watched.over(slow(seconds), 0):
+            clock.now += 1
+            watched.step_took(len(one))
+        pace = watched.pace()
+        assert pace["data_wait"] == pytest.approx(share)
+        assert pace["images_per_second"] == pytest.approx(len(batch(0)) / (1 + seconds))
 
 
 @pytest.mark.slow
