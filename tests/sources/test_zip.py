@@ -147,8 +147,8 @@ def test_folders_give_labels_where_there_is_no_map(tmp_path):
     source = Zip(path)
     assert identities(source) == ["cat/b.jpg", "dog/a.png"]
     assert source.classes == ("cat", "dog") and source.labels.tolist() == [0, 1]
-    flat = Zip(archive(tmp_path / "flat.zip", pictures("b.png", "a.png")))
-    assert identities(flat) == ["a.png", "b.png"] and flat.labels is None
+    flat = Zip(archive(tmp_path / "flat.zip", pictures("b.png", "c.png", "a.png")))
+    assert identities(flat) == ["a.png", "b.png", "c.png"] and flat.labels is None
 
 
 def test_paths_that_climb_are_only_names(tmp_path):
