@@ -23,8 +23,9 @@ from lightly.transforms import MoCoV2Transform, SimCLRTransform, SwaVTransform
 from PIL import Image
 
 from firstsight import data, open_source
-from firstsight.loader import Steps, keep_freed_memory, on_device
+from firstsight.loader import Steps, on_device
 from firstsight.order import Epochs
+from firstsight.process import keep_freed_memory
 from firstsight.resident import Resident, ResidentSteps
 from firstsight.views import PRESETS, Views
 

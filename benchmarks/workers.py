@@ -15,8 +15,9 @@ import cv2
 import torch
 
 from firstsight import open_source
-from firstsight.loader import Steps, batches, keep_freed_memory
+from firstsight.loader import Steps, batches
 from firstsight.order import Epochs
+from firstsight.process import keep_freed_memory
 from firstsight.views import PRESETS
 
 BATCH = 32

@@ -24,6 +24,7 @@ from firstsight.batch import Batch, Colours
 from firstsight.errors import UserError
 from firstsight.log import say
 from firstsight.merging import Merger
+from firstsight.process import end_with_parent, keep_freed_memory
 from firstsight.sources.base import Pixels, Source, UnreadableImage, readable, readable_by
 from firstsight.views import Interpolation, Views, many
 from firstsight.views.apply import Crop, apply, crop_resize, eval_view
@@ -292,24 +293,9 @@ def _quiet_worker() -> None:
     cv2.setNumThreads(0)  # the parallelism is over images
 
 
-def keep_freed_memory() -> None:
-    """Let this process keep the memory of freed images for the next ones, where glibc is.
-
-    Else each decoded image is given back to the system, and asked for again page by page: a third
-    of the time of decoding.
-    """
-    import ctypes
-
-    trim, direct = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(trim, 1 << 30)
-        libc.mallopt(direct, 32 << 20)  # the most that it takes
-
-
 def _single_thread(worker: int) -> None:
     keep_freed_memory()
-    _end_with_parent()
+    end_with_parent()
     # what asks a run to stop reaches the whole process group; the main process ends its workers
     # itself, after the step that it is in
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
@@ -317,17 +303,6 @@ def _single_thread(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
     _quiet_worker()
-
-
-def _end_with_parent() -> None:
-    """Have this process killed when its parent is, where that is Linux.
-
-    Else it holds memory, the lock of the run folder and connections to other ranks for seconds.
-    """
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").prctl(1, 9)  # PR_SET_PDEATHSIG of sys/prctl.h, SIGKILL
 
 
 def normalised(
