@@ -5,10 +5,13 @@
 PHOTOS is a folder of photographs; they are resized to 500x375 (or 375x500) and written anew as JPEG
 of quality 90 in memory. lightly opens each file with Pillow and ends with normalised floats. Ours
 ends with uint8 views: the device normalises them (and colours them, in the rows that say so). All
-figures are CPU seconds of one thread, the best of the rounds, so that neighbours matter less.
+figures are CPU seconds of one thread, the best of the rounds, so that neighbours matter less. The
+sharpness of packed sources is told beside: the energy of differences of neighbouring pixels in
+their plain crops, as a share of that from JPEG.
 """
 
 import argparse
+import dataclasses
 import io
 import tempfile
 import time
@@ -20,8 +23,9 @@ from lightly.transforms import MoCoV2Transform, SimCLRTransform, SwaVTransform
 from PIL import Image
 
 from firstsight import data, open_source
-from firstsight.loader import Steps, keep_freed_memory, on_device
+from firstsight.loader import Steps, on_device
 from firstsight.order import Epochs
+from firstsight.process import keep_freed_memory
 from firstsight.resident import Resident, ResidentSteps
 from firstsight.views import PRESETS, Views
 
@@ -37,11 +41,12 @@ SWAV = Views(
 )
 
 
-def jpegs(folder, count, where):
-    """Photographs at 500x375 as JPEG files."""
+def jpegs(folder, count, where, long=500):
+    """Photographs at 500x375, or in that shape, as JPEG files."""
+    where.mkdir()
     for number, path in enumerate(sorted(Path(folder).glob("*.jpg"))[:count]):
         image = Image.open(path).convert("RGB")
-        size = (500, 375) if image.width >= image.height else (375, 500)
+        size = (long, long * 3 // 4) if image.width >= image.height else (long * 3 // 4, long)
         image.resize(size, Image.Resampling.LANCZOS).save(where / f"{number:04}.jpg", quality=90)
     return sorted(where.glob("*.jpg"))
 
@@ -72,6 +77,13 @@ def with_colours(made, views):
     return lambda step: on_device(made(step), views, torch.device("cpu"), torch.contiguous_format)
 
 
+def sharpness(source, views):
+    """Mean squared difference of neighbouring pixels of crops without colours or blur."""
+    plain = dataclasses.replace(views, jitter=0.0, gray=0.0, blur=(0.0,))
+    made = torch.stack(of_ours(source, plain, 224)(0).views).double()
+    return float(made.diff(dim=-1).square().mean() + made.diff(dim=-2).square().mean())
+
+
 def measured(title, rows, images, rounds):
     """Each row in turn in every round; ratios to the first."""
     best = dict.fromkeys(rows, float("inf"))
@@ -98,7 +110,6 @@ def main() -> None:
     keep_freed_memory()  # as in workers; lightly has it too
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "photos"
-        folder.mkdir()
         files = jpegs(args.photos, args.images, folder)
         photos = open_source(str(folder))
         packs = {}
@@ -118,6 +129,20 @@ def main() -> None:
                 pack, moco, 224, views_on="device"
             )
         measured("two MoCo v2 views at 224", rows, len(files), args.rounds)
+        for side, pack in packs.items():
+            share = sharpness(pack, moco) / sharpness(photos, moco)
+            print(f"  packed at {side}: sharpness {share:.2f} of that from JPEG")
+
+        big = jpegs(args.photos, args.images // 4, Path(name) / "big", long=2400)
+        large = open_source(str(Path(name) / "big"))
+        rows = {
+            "lightly, JPEG": of_lightly(MoCoV2Transform(input_size=112), big),
+            "decoded whole": of_ours(large, dataclasses.replace(moco, margin=0.0), 112),
+            "decoded as small as crops allow": of_ours(large, moco, 112),
+        }
+        measured(
+            "two MoCo v2 views at 112 of photographs at 2400x1800", rows, len(big), args.rounds
+        )
         rows = {
             "lightly, JPEG": of_lightly(SwaVTransform(), files),
             "JPEG, all in the worker": of_ours(photos, SWAV, 224),

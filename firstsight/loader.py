@@ -24,8 +24,9 @@ from firstsight.batch import Batch, Colours
 from firstsight.errors import UserError
 from firstsight.log import say
 from firstsight.merging import Merger
-from firstsight.sources.base import Pixels, Source, UnreadableImage, readable
-from firstsight.views import Interpolation, Views
+from firstsight.process import end_with_parent, keep_freed_memory
+from firstsight.sources.base import Pixels, Source, UnreadableImage, readable, readable_by
+from firstsight.views import Interpolation, Views, many
 from firstsight.views.apply import Crop, apply, crop_resize, eval_view
 from firstsight.views.batched import coloured
 from firstsight.views.draw import Drawn, draw
@@ -38,10 +39,17 @@ ViewsOn = Literal["worker", "device"]
 """Who flips, colours and blurs views: the process that cuts them out, or the training device."""
 
 _Made = TypeVar("_Made")
+_Found = tuple[int, Pixels, tuple[int, int], tuple[int, int]]
+"""Position of an image, its pixels, size of the original, and size of what the pixels cover."""
+
+_compiles = True
+"""Whether compiling colours has not failed yet in this process."""
 
 _LIVES = 10
 _CHUNK = 32
 """Decoded images held at a time: enough to draw for many at once, few enough for memory."""
+_MANY = 256
+"""The same of small ones, after some that were small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,25 +84,27 @@ class Steps(Dataset[Any]):
         bad: list[str] = []
         drawings = []
         chosen = np.empty_like(index)  # other images where some cannot be decoded
-        for start in range(0, len(index), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            found = [readable(self.source, int(i), self.seed, bad) for i in index[part]]
-            chosen[part], images = zip(*found, strict=True)
+        end, ahead = 0, _CHUNK
+        while end < len(index):
+            start, end = end, end + ahead
+            part = slice(start, end)
+            found = [self._read(int(i), self.order.epoch(step), bad) for i in index[part]]
+            chosen[part], images, full, covered = zip(*found, strict=True)
             held = np.array([(image.shape[1], image.shape[0]) for image in images])
-            shapes = np.array(
-                [
-                    self.source.full_size(int(i), image)
-                    for i, image in zip(chosen[part], images, strict=True)
-                ]
-            )
             drawn = draw(
-                self.views, shapes, seed=self.seed, epoch=self.order.epoch(step), index=index[part]
+                self.views, full, seed=self.seed, epoch=self.order.epoch(step), index=index[part]
             )
             crops[part], flips[part] = drawn.crops, drawn.flips
             drawings.append(drawn)
             merges = self.merger.draw(self.order.epoch(step), index[part]) if self.merger else None
-            if (held != shapes).any():  # smaller pictures stand for the originals
-                drawn = dataclasses.replace(drawn, crops=rescaled(drawn.crops, shapes, held))
+            if (held != covered).any():  # smaller pictures stand for the originals
+                crops_held = rescaled(drawn.crops, np.array(covered), held)
+                drawn = dataclasses.replace(drawn, crops=crops_held)
+            if not self.merger and self.views_on == "worker" and many.suits(images, max(sizes)):
+                outs = [picture[part] for picture in pictures]
+                many.apply(images, drawn, self.views.interpolation, outs, self.views.mean)
+                ahead = _MANY
+                continue
             for b, image in enumerate(images):
                 for v, picture in enumerate(pictures):
                     shown = image
@@ -113,6 +123,35 @@ class Steps(Dataset[Any]):
             colours=colours_of(drawings) if self.views_on == "device" else (),
             coming=torch.from_numpy(self.order.indices(step + 1).copy()),
         )
+
+    def _read(self, index: int, epoch: int, bad: list[str]) -> _Found:
+        """Image `index`, or what replaces it, as small as its views allow."""
+        full = (0, 0)
+
+        def shrink(width: int, height: int) -> int:
+            nonlocal full
+            full = width, height
+            return self._smaller(index, epoch, full)
+
+        def read(chosen: int) -> tuple[Pixels, int]:
+            whole = self.merger or not self.views.margin  # backgrounds go into whole images
+            source = self.source
+            return (source.pixels(chosen), 1) if whole else source.reduced(chosen, shrink)
+
+        chosen, (pixels, by) = readable_by(read, self.source, index, self.seed, bad)
+        if by == 1:
+            full = self.source.full_size(chosen, pixels)
+            return chosen, pixels, full, full
+        return chosen, pixels, full, (pixels.shape[1] * by, pixels.shape[0] * by)
+
+    def _smaller(self, index: int, epoch: int, full: tuple[int, int]) -> int:
+        """How many times smaller image `index` of this size may be for all of its views."""
+        least = self.views.margin * np.array(self.views.sides(self.size))  # (V,)
+        if min(full) < 2 * least.max():  # no crop of it could be large enough
+            return 1
+        drawn = draw(self.views, full, seed=self.seed, epoch=epoch, index=[index])
+        shorter = (drawn.crops[0, :, 2:] - drawn.crops[0, :, :2]).min(1)  # (V,)
+        return max(by for by in (1, 2, 4, 8) if by == 1 or (shorter >= by * least).all())
 
     def _make(self, image: Pixels, drawn: Drawn, b: int, v: int, out: Pixels) -> None:
         """View `v` of image `b`, as far as it is made here."""
@@ -254,24 +293,9 @@ def _quiet_worker() -> None:
     cv2.setNumThreads(0)  # the parallelism is over images
 
 
-def keep_freed_memory() -> None:
-    """Let this process keep the memory of freed images for the next ones, where glibc is.
-
-    Else each decoded image is given back to the system, and asked for again page by page: a third
-    of the time of decoding.
-    """
-    import ctypes
-
-    trim, direct = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(trim, 1 << 30)
-        libc.mallopt(direct, 32 << 20)  # the most that it takes
-
-
 def _single_thread(worker: int) -> None:
     keep_freed_memory()
-    _end_with_parent()
+    end_with_parent()
     # what asks a run to stop reaches the whole process group; the main process ends its workers
     # itself, after the step that it is in
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
@@ -279,17 +303,6 @@ def _single_thread(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
     _quiet_worker()
-
-
-def _end_with_parent() -> None:
-    """Have this process killed when its parent is, where that is Linux.
-
-    Else it holds memory, the lock of the run folder and connections to other ranks for seconds.
-    """
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").prctl(1, 9)  # PR_SET_PDEATHSIG of sys/prctl.h, SIGKILL
 
 
 def normalised(
@@ -303,16 +316,38 @@ def normalised(
 
 
 def on_device(
-    batch: Batch, views: Views, device: torch.device, layout: torch.memory_format
+    batch: Batch,
+    views: Views,
+    device: torch.device,
+    layout: torch.memory_format,
+    compiled: bool = False,
 ) -> Batch:
-    """The batch as a method sees it: on the device, coloured there if so, normalised floats."""
-    flips = batch.flips  # on the CPU, as they are
+    """The batch as a method sees it: on the device, coloured there if so, normalised floats.
+
+    `compiled`, the colours are fused, where a compiler can do that.
+    """
     batch = batch.to(device)
     if batch.colours:
-        drawn = zip(batch.views, flips, batch.colours, strict=True)
-        batch = dataclasses.replace(batch, views=tuple(coloured(*each) for each in drawn))
+        drawn = zip(batch.views, batch.flips, batch.colours, strict=True)
+        views_made = tuple(_coloured(*each, compiled) for each in drawn)
+        batch = dataclasses.replace(batch, views=views_made)
     floats = tuple(normalised(view, views.mean, views.std, layout) for view in batch.views)
     return dataclasses.replace(batch, views=floats)
+
+
+def _coloured(view: Tensor, flips: Tensor, colours: Colours, compiled: bool) -> Tensor:
+    """`coloured`; one after the other, and said once, where compiling fails."""
+    global _compiles
+    if compiled and _compiles:
+        try:
+            return coloured(view, flips, colours, compiled=True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # each compiler has its own, from a missing Triton to a bug
+            _compiles = False
+            reason = str(error).strip().partition("\n")[0]
+            say(f"--compile leaves the colours of views as they are, which takes longer ({reason})")
+    return coloured(view, flips, colours)
 
 
 @dataclass(frozen=True, kw_only=True)

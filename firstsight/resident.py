@@ -82,6 +82,11 @@ class Resident(Source):
         """Image `index` as it is held; raises `UnreadableImage`."""
         if index in self.bad:
             raise UnreadableImage("could not be decoded")
+        if self._store.is_cpu:  # without a tensor for each image, which takes longer than a crop
+            width, height = self.sizes[index].tolist()
+            first = int(self._starts[index])
+            flat = self._store.numpy()[first : first + 3 * width * height]
+            return np.asarray(flat.reshape(height, width, 3))
         return np.asarray(self.held(index).cpu().numpy())
 
     def full_size(self, index: int, pixels: Pixels) -> tuple[int, int]:

@@ -24,13 +24,15 @@ def gradients(
     losses that compare the images of a batch, see one chunk at a time (`Method.couples`).
     """
     device, layout = distributed.device(), LAYOUTS[config.layout]
-    chunks, outputs = batch.chunks(config.accumulate), []
+    chunks, outputs = batch.chunks(config.accumulate), list[Output]()
     with Queue.still(model):
         for chunk in chunks:
             share = len(chunk) / len(batch)
+            # not inside the cast: blurred in bfloat16, levels would have 8 bits with their sign
+            seen = on_device(chunk, config.views, device, layout, config.compile)
             with parallel.averaging(model, now=chunk is chunks[-1]):
                 with cast_to(config.precision, device):
-                    output: Output = model(on_device(chunk, config.views, device, layout))
+                    output = model(seen)
                 torch.autograd.backward(scaler.scale(output.loss * share))
             scalars = {key: value * share for key, value in output.scalars.items()}
             outputs.append(Output(output.loss.detach() * share, output.features, scalars))

@@ -1,11 +1,14 @@
 """Batches sent ahead: order, content, and who waits for whom; CUDA's calls are noted, not made."""
 
 import contextlib
+import runpy
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
+from firstsight import watch
 from firstsight.batch import Batch
 from firstsight.prefetch import ahead
 
@@ -115,3 +118,42 @@ def test_on_a_gpu_content_and_order_stay():
     for number, one in enumerate(ahead((batch(k) for k in range(50)), torch.device("cuda:0"))):
         assert all(tensor.is_cuda for tensor in one.tensors())
         assert all(map(torch.equal, (t.cpu() for t in one.tensors()), batch(number).tensors()))
+
+
+def test_the_share_of_time_that_training_waited_is_told(tmp_path, monkeypatch):
+    """Three seconds for each batch, one for each step; then a loader that is always ready."""
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(watch.time, "perf_counter", lambda: clock.now)
+
+    def slow(seconds):
+        for number in range(4):
+            clock.now += seconds
+            yield batch(number)
+
+    watched = watch.Watch(tmp_path, timeout=60)
+    for seconds, share in ((3.0, 0.75), (0.0, 0.0)):
+        for _, one in watched.over(slow(seconds), 0):
+            clock.now += 1
+            watched.step_took(len(one))
+        pace = watched.pace()
+        assert pace["data_wait"] == pytest.approx(share)
+        assert pace["images_per_second"] == pytest.approx(len(batch(0)) / (1 + seconds))
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_it_runs_without_a_gpu(capsys):
+    """Its rows exist and are ratios to the first; what they come to on a CPU says nothing."""
+    place = Path(__file__).parents[1] / "benchmarks" / "near_gpu.py"
+    typed = ["--data", "scenes:train@16", "--backbones", "timm:test_resnet", "--size", "32"]
+    typed += ["--batch", "4", "--steps", "2", "--rounds", "1", "--workers", "0"]
+    threads = torch.get_num_threads()
+    found = runpy.run_path(str(place))["main"]([*typed, "--device", "cpu", "--threads", "1"])
+    torch.set_num_threads(threads)
+    rows = found["timm:test_resnet"]
+    assert next(iter(rows)) == "model alone" and len(rows) == 4
+    alone = rows["model alone"]
+    assert alone["of_model_alone"] == 1 and alone["data_wait"] == 0
+    for row in rows.values():
+        share = row["images_per_second"] / alone["images_per_second"]
+        assert row["of_model_alone"] == pytest.approx(share) and 0 <= row["data_wait"] < 1
+    assert "% of alone" in capsys.readouterr().out

@@ -166,6 +166,24 @@ def test_float16_counts_the_steps_that_it_skips(tmp_path, monkeypatch):
     assert state["skipped"] == 12 and state["scaler"]["scale"] == 2.0**48
 
 
+def test_views_are_coloured_in_full_precision_and_seen_in_bfloat16(tmp_path, monkeypatch):
+    """Under autocast blur would be a product of bfloat16 matrices: levels have 8 bits."""
+    method, settings = built("simclr", tmp_path, precision="bf16", compile=True)
+    within, options = [], []
+    real = method.forward
+    noted = lambda batch: within.append(torch.is_autocast_enabled("cpu")) or real(batch)  # noqa: E731
+    monkeypatch.setattr(method, "forward", noted)
+
+    def on_device(batch, *rest):
+        within.append(torch.is_autocast_enabled("cpu"))
+        options.append(rest[-1])
+        return batch
+
+    monkeypatch.setattr(update, "on_device", on_device)
+    update.gradients(method, batch_of(8, 2, (32, 32), seed=0), update.scaler(settings), settings)
+    assert within == [False, True] and options == [True]  # --compile reaches the colours
+
+
 def test_clipping_bounds_what_the_optimiser_sees(tmp_path):
     low = {"clip_norm": 0.01, "precision": "fp16"}  # and the loss is scaled
     for values, norm in (({"clip_norm": 0.01}, 0.01), (low, 0.01), ({}, None)):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,7 @@ from firstsight.errors import UserError
 Pixels = NDArray[np.uint8]
 """An upright image, (H, W, 3), RGB."""
 
+_Read = TypeVar("_Read")
 
 _ATTEMPTS = 50
 
@@ -46,6 +49,13 @@ class Source(ABC):
     @abstractmethod
     def pixels(self, index: int) -> Pixels:
         """Image `index`, upright and RGB, (H, W, 3) uint8; raises `UnreadableImage`."""
+
+    def reduced(self, index: int, shrink: Callable[[int, int], int]) -> tuple[Pixels, int]:
+        """Image `index` and how many times smaller it comes: 1, 2, 4 or 8.
+
+        At most what `shrink` says of its width and height; 1 where smaller would not be cheaper.
+        """
+        return self.pixels(index), 1
 
     def full_size(self, index: int, pixels: Pixels) -> tuple[int, int]:
         """Width and height of the original of `pixels`, where crops are drawn."""
@@ -84,16 +94,29 @@ class Encoded(Source):
 
         return decode(self.encoded(index))
 
+    def reduced(self, index: int, shrink: Callable[[int, int], int]) -> tuple[Pixels, int]:
+        """A JPEG so many times smaller as `shrink` says; raises `UnreadableImage`."""
+        from firstsight.sources.decode import reduced
+
+        return reduced(self.encoded(index), shrink)
+
 
 def readable(source: Source, index: int, seed: int, bad: list[str]) -> tuple[int, Pixels]:
     """Image `index`, or a replacement that is always the same one, behind its position.
 
     Names of images that cannot be decoded are added to `bad`.
     """
+    return readable_by(source.pixels, source, index, seed, bad)
+
+
+def readable_by(
+    read: Callable[[int], _Read], source: Source, index: int, seed: int, bad: list[str]
+) -> tuple[int, _Read]:
+    """The same of what `read` makes of an image."""
     chosen = index
     for attempt in range(_ATTEMPTS):
         try:
-            return chosen, source.pixels(chosen)
+            return chosen, read(chosen)
         except UnreadableImage:
             bad.append(source.identity(chosen))
             chosen = int(keyed.hashed(seed, index, attempt) % np.uint64(len(source)))

@@ -101,9 +101,9 @@ def _members(data: bytes, count: int, before: int) -> Directory:
     if len(names) & 0xFFFF != count & 0xFFFF or at != len(data):
         raise _Damaged(f"its directory holds {len(names)} entries and declares {count}")
     table = np.frombuffer(numbers, np.int64).reshape(-1, 6)
-    kept = [row for row, name in enumerate(names) if not name.endswith("/")]
-    if len(kept) == len(names):
+    if not any(name.endswith("/") for name in names):
         return Directory(names, table)
+    kept = [row for row, name in enumerate(names) if not name.endswith("/")]
     return Directory([names[row] for row in kept], table[kept])
 
 

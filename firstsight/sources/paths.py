@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,12 @@ def by_folder(path: str) -> str:
     return path.replace("/", "\0")
 
 
+def sort_by_folder(paths: list[str]) -> None:
+    """Sort in place; what is in order already, a million paths perhaps, needs no keys."""
+    if any(by_folder(one) > by_folder(next_) for one, next_ in pairwise(paths)):
+        paths.sort(key=by_folder)
+
+
 def class_folders(paths: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64] | None]:
     """Class names and (N,) labels that the folders of `paths` spell, or `((), None)`.
 
@@ -47,10 +54,11 @@ def class_folders(paths: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int
     these. They are the classes then, sorted by name. One image beside them, or a single folder,
     and there are no labels.
     """
-    folders = [path.partition("/")[0] if "/" in path else None for path in paths]
-    names = sorted({folder for folder in folders if folder is not None})
-    if None in folders or len(names) < 2:
+    if not all("/" in path for path in paths):
+        return (), None
+    names = sorted({path.partition("/")[0] for path in paths})
+    if len(names) < 2:
         return (), None
     number = {name: label for label, name in enumerate(names)}
-    labels = np.fromiter((number[str(folder)] for folder in folders), np.int64, len(folders))
+    labels = np.fromiter((number[path.partition("/")[0]] for path in paths), np.int64, len(paths))
     return tuple(names), labels

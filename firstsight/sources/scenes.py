@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from firstsight import keyed
 from firstsight.errors import unknown
 from firstsight.sources.base import Pixels, Source
-from firstsight.sources.painting import CLASSES, SIZE, VERSION, paint
+from firstsight.sources.grounds import SIZE
+from firstsight.sources.outlines import CLASSES
+from firstsight.sources.painting import VERSION, paint
 from firstsight.sources.paths import cache_folder
 
 COUNTS = {"train": 4000, "test": 1000}

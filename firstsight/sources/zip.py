@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Container, Iterator
+from array import array
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,13 @@ from firstsight.errors import UserError
 from firstsight.sources.base import Encoded, UnreadableImage
 from firstsight.sources.directory import FLAGS, METHOD, SIZE, read_directory
 from firstsight.sources.files import Opened
-from firstsight.sources.paths import EXTENSIONS, by_folder, class_folders, has_extension, is_image
+from firstsight.sources.paths import (
+    EXTENSIONS,
+    class_folders,
+    has_extension,
+    is_image,
+    sort_by_folder,
+)
 
 MAX_BYTES = 512 << 20
 """A member that declares more than this, packed or unpacked, is not read."""
@@ -49,11 +56,14 @@ class Zip(Encoded):
         row_of = {name: row for row, name in enumerate(members)}
         map_file = map_of(self.path)
         if map_file.exists():
-            self._names, numbers = _read_map(map_file, self.path, row_of)
+            rows, numbers = _read_map(map_file, self.path, row_of)
+            self._names = [members[row] for row in rows]  # the very same strings: a million of them
             self.classes, self.labels = _classes(numbers, map_file.with_name("classes.txt"))
         else:
-            self._names = sorted(filter(is_image, row_of), key=by_folder)
+            self._names = list(filter(is_image, row_of))
+            sort_by_folder(self._names)
             self.classes, self.labels = class_folders(self._names)
+            rows = array("q", (row_of[name] for name in self._names))
         if not self._names:
             raise UserError(
                 f"no images in {self.path!r} (looked for {', '.join(EXTENSIONS)}); "
@@ -61,8 +71,11 @@ class Zip(Encoded):
             )
         if len(row_of) < len(members):
             _refuse_twice(self.path, members, self._names)
+        del row_of, members  # of a million names it takes as much as they do
         # Plain numbers instead of objects: a million of these is what workers are sent.
-        self._entries = table[[row_of[name] for name in self._names]]
+        chosen = np.frombuffer(rows, np.int64)
+        same = np.array_equal(chosen, np.arange(len(table)))
+        self._entries = table if same else table[chosen]
         if not self._entries[:, SIZE].any():
             raise UserError(
                 f"all {len(self)} images in {self.path!r} have zero bytes; make the archive again"
@@ -143,21 +156,18 @@ def map_of(archive: str) -> Path:
 
 
 def map_lines(
-    map_file: Path, archive: str, members: Container[str]
-) -> Iterator[tuple[str, int] | UserError]:
-    """Path and integer of each line of the map that is right, and an error for each that is not."""
-    try:
-        # Paths need not be UTF-8. Only \n ends a line here: splitlines would cut odd names.
-        lines = map_file.read_bytes().decode("utf-8", "surrogateescape").split("\n")
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot read {str(map_file)!r} ({reason}); make it readable") from error
-    lines[0] = lines[0].removeprefix("\ufeff")
-    first_line: dict[str, int] = {}
+    map_file: Path, archive: str, rows: Mapping[str, int]
+) -> Iterator[tuple[int, int] | UserError]:
+    """Row and integer of each line of the map that is right, and an error for each that is not.
 
-    for count, line in enumerate(lines, start=1):
+    `rows` are those of the members in the directory of the archive.
+    """
+    first_line = array("q", bytes(8 * (1 + max(rows.values(), default=0))))  # 0: not yet
+    empty = True
+    for count, line in enumerate(_lines(map_file), start=1):
         if not line.strip():
             continue
+        empty = False
         name, tab, text = line.rstrip("\r").rpartition("\t")
         number = _integer(text)
         wrong = ""
@@ -167,54 +177,72 @@ def map_lines(
             wrong = f"the label {text!r} is not an integer; each line is path, TAB, integer label"
         elif not has_extension(name):
             wrong = f"{name!r} does not end like an image; allowed are {', '.join(EXTENSIONS)}"
-        elif name not in members:
+        elif name not in rows:
             wrong = f"{archive!r} holds no {name!r}; allowed are paths as unzip -l lists them"
-        elif name in first_line:
+        elif first := first_line[rows[name]]:
             wrong = (
-                f"{name!r} is there twice, first in line {first_line[name]}; "
+                f"{name!r} is there twice, first in line {first}; "
                 "allowed is one line for each image"
             )
         if wrong or number is None:
             yield UserError(f"{map_file}, line {count}: {wrong}")
         else:
-            first_line[name] = count
-            yield name, number
+            first_line[rows[name]] = count
+            yield rows[name], number
 
-    if not any(line.strip() for line in lines):
+    if empty:
         yield UserError(
             f"{str(map_file)!r} is empty; write path, TAB, integer label for each image, or remove "
             "the file to take all images of the archive"
         )
 
 
+def _lines(map_file: Path) -> Iterator[str]:
+    """The lines of a map, one at a time: of a million, all would take 150 MiB."""
+    try:
+        with open(map_file, "rb") as file:
+            for count, line in enumerate(file):  # only \n ends one: splitlines would cut odd names
+                text = line.rstrip(b"\n").decode("utf-8", "surrogateescape")  # need not be UTF-8
+                yield text if count else text.removeprefix("\ufeff")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot read {str(map_file)!r} ({reason}); make it readable") from error
+
+
 def _integer(text: str) -> int | None:
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
         return None
+    return number if abs(number) < 2**63 else None
 
 
-def _read_map(map_file: Path, archive: str, members: Container[str]) -> tuple[list[str], list[int]]:
-    """Paths and integers of the map in its order; the first wrong line is a `UserError`."""
-    names, numbers = [], []
-    for line in map_lines(map_file, archive, members):
+def _read_map(
+    map_file: Path, archive: str, rows: Mapping[str, int]
+) -> tuple[array[int], array[int]]:
+    """Rows and integers of the map in its order; the first wrong line is a `UserError`.
+
+    As arrays: lists of a million integers take 40 MiB each.
+    """
+    found, numbers = array("q"), array("q")
+    for line in map_lines(map_file, archive, rows):
         if isinstance(line, UserError):
             raise line
-        names.append(line[0])
+        found.append(line[0])
         numbers.append(line[1])
-    return names, numbers
+    return found, numbers
 
 
-def _classes(numbers: list[int], names_file: Path) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    distinct = sorted(set(numbers))
+def _classes(numbers: array[int], names_file: Path) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    values, labels = np.unique(np.frombuffer(numbers, np.int64), return_inverse=True)
+    distinct: list[int] = values.tolist()
     try:
         text = names_file.read_text("utf-8", "surrogateescape")
         names = [line.strip() for line in text.splitlines() if line.strip()]
     except OSError:
         names = []
     if distinct[0] >= 0 and distinct[-1] < len(names):
-        return tuple(names), np.array(numbers, np.int64)
+        return tuple(names), values[labels]
     if len(names) != len(distinct):
         names = [str(number) for number in distinct]
-    place = {number: label for label, number in enumerate(distinct)}
-    return tuple(names), np.array([place[number] for number in numbers], np.int64)
+    return tuple(names), labels.astype(np.int64)

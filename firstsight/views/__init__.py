@@ -75,6 +75,9 @@ class Views:
     """Narrowest crop, width over height; the widest is its inverse."""
     interpolation: Interpolation = "bilinear"
     """Filter of the antialiased resize."""
+    margin: float = 3.0
+    """JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where the crops of all views keep so many
+    times the pixels of their view, a side; 0: never."""
     flip: float = 0.5
     """Probability of a left-right flip."""
     jitter: float = 0.8
@@ -134,6 +137,10 @@ class Views:
                     f"crops from {low} to {high} of the image area are impossible; choose"
                     " 0 < --views.min-scale <= --views.max-scale <= 1"
                 )
+        if self.margin and not self.margin >= 1:
+            raise UserError(
+                f"--views.margin {self.margin} would enlarge views; choose 0 (whole) or at least 1"
+            )
         if not 0 < self.min_ratio <= 1:
             raise UserError(f"--views.min-ratio {self.min_ratio} is not in (0, 1]")
         for name in ("flip", "jitter", "gray", "hide"):

@@ -9,7 +9,6 @@ make views brighter by half a level in each operation.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Literal, cast
 
 import cv2
@@ -26,12 +25,12 @@ Pixels = NDArray[np.uint8]
 
 Crop = Literal["centre", "whole"]
 
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow and OpenCV weigh the channels
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow and OpenCV weigh the channels
 
 # Added before OpenCV rounds, so that it cuts fractions off; short of a half, for whole numbers.
-_CUT = -0.499
+CUT = -0.499
 
-_TINY = 48
+TINY = 48
 """Up to so many pixels a side of image and result, products of matrices resize fastest."""
 
 _HUES = np.arange(256) * (255 / 256)
@@ -108,7 +107,7 @@ def resize(
         # Enlarging needs no antialiasing, and OpenCV is five times as fast on small images. Its
         # bicubic is out: another kernel (a = -0.75) than that of Pillow and torch (-0.5).
         cv2.resize(pixels, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
-    elif max(*pixels.shape[:2], height, width) <= _TINY:
+    elif max(*pixels.shape[:2], height, width) <= TINY:
         _by_products(pixels, width, height, interpolation, out)
     else:
         # torch warns of memory that it must not write, such as that of a packed file.
@@ -131,17 +130,22 @@ def _by_products(
     """Along the rows, then along the columns, as Pillow goes, each as one product of matrices."""
     high, wide = pixels.shape[:2]
     columns = cv2.transpose(pixels).reshape(wide, high * 3).astype(np.float32)
-    across = _levels(_line_weights(wide, width, interpolation) @ columns)
+    across = _levels(line_weights(wide, width, interpolation) @ columns)
     rows = cv2.transpose(across.reshape(width, high, 3)).reshape(high, width * 3)
-    down = _line_weights(high, height, interpolation) @ rows.astype(np.float32)
+    down = line_weights(high, height, interpolation) @ rows.astype(np.float32)
     out[...] = _levels(down).reshape(height, width, 3)
 
 
-@functools.lru_cache(maxsize=4 * _TINY**2)
-def _line_weights(length: int, size: int, interpolation: Interpolation) -> NDArray[np.float32]:
-    """(size, length): row i weighs the pixels of a line that make pixel i of the result."""
+@functools.lru_cache(maxsize=4 * TINY**2)
+def line_weights(length: int, size: int, interpolation: Interpolation) -> NDArray[np.float32]:
+    """(size, length): row i weighs the pixels of a line that make pixel i of the result.
+
+    In whole 1/32768, so that float32 holds every sum of weighted levels exactly: in whatever order
+    a library adds them, and whatever zeros are among them, the same picture comes out.
+    """
     ends = torch.tensor([[0.0], [length]], dtype=torch.double)
-    return np.asarray(weights(ends[0], ends[1], length, size, interpolation)[0].numpy())
+    exact = weights(ends[0], ends[1], length, size, interpolation)[0]
+    return np.asarray(((exact * 2**15).round() / 2**15).numpy())
 
 
 def _levels(values: NDArray[np.float32]) -> Pixels:
@@ -159,7 +163,7 @@ def _antialiased(
 
 def adjust_brightness(pixels: Pixels, factor: float, out: Pixels | None = None) -> Pixels:
     """Values times `factor` (0: black, 1: unchanged). Reference: Pillow's ImageEnhance."""
-    return _array(cv2.convertScaleAbs(pixels, dst=out, alpha=factor, beta=_CUT))
+    return _array(cv2.convertScaleAbs(pixels, dst=out, alpha=factor, beta=CUT))
 
 
 def adjust_contrast(pixels: Pixels, factor: float, out: Pixels | None = None) -> Pixels:
@@ -168,8 +172,8 @@ def adjust_contrast(pixels: Pixels, factor: float, out: Pixels | None = None) ->
     Reference: Pillow's ImageEnhance, whose mean is that of the greyscale image, rounded.
     """
     red, green, blue, _ = cv2.mean(pixels)  # plain numbers: small arrays cost more than small views
-    mean = int(_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue + 0.5)
-    shift = (1.0 - factor) * mean + _CUT
+    mean = int(LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue + 0.5)
+    shift = (1.0 - factor) * mean + CUT
     return _array(
         cv2.transform(
             pixels,
@@ -185,16 +189,16 @@ def adjust_saturation(pixels: Pixels, factor: float, out: Pixels | None = None) 
     Reference: Pillow's ImageEnhance.
     """
     # OpenCV rounds the matrix to 1/1024. Rows must still sum to 1, or grey pixels take on colour.
-    red, green, blue = (round((1.0 - factor) * part * 1024) / 1024 for part in _LUMA)
+    red, green, blue = (round((1.0 - factor) * part * 1024) / 1024 for part in LUMA)
     own = 1.0 - red - green - blue
     return _array(
         cv2.transform(
             pixels,
             np.array(
                 [
-                    [own + red, green, blue, _CUT],
-                    [red, own + green, blue, _CUT],
-                    [red, green, own + blue, _CUT],
+                    [own + red, green, blue, CUT],
+                    [red, own + green, blue, CUT],
+                    [red, green, own + blue, CUT],
                 ]
             ),
             dst=out,
@@ -214,13 +218,16 @@ def adjust_hue(pixels: Pixels, shift: float, out: Pixels | None = None) -> Pixel
         out[...] = pixels
         return out
     hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
-    # The trap: into HSV, OpenCV makes 256 steps of a turn; out of it, it reads 255.
-    turn = shift % 1 * 255
-    table = _HUES + turn
-    table[math.ceil((255 - turn) * 256 / 255) :] -= 255
-    table = np.rint(table).astype(np.uint8)
-    cv2.insertChannel(cv2.LUT(cv2.extractChannel(hsv, 0), table), hsv, 0)
+    cv2.insertChannel(cv2.LUT(cv2.extractChannel(hsv, 0), hue_table(shift)), hsv, 0)
     return _array(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL, dst=out))
+
+
+def hue_table(shift: float | NDArray[np.float64]) -> Pixels:
+    """(..., 256): what each hue of OpenCV becomes when turned by `shift` (..., 1)."""
+    # The trap: into HSV, OpenCV makes 256 steps of a turn; out of it, it reads 255.
+    table = _HUES + shift % 1 * 255
+    np.subtract(table, 255, out=table, where=table >= 255)
+    return np.asarray(np.rint(table), np.uint8)
 
 
 def to_gray(pixels: Pixels, out: Pixels | None = None) -> Pixels:

@@ -8,6 +8,9 @@ Values are floats that hold whole grey levels between operations: fractions are 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,18 +22,24 @@ _LUMA = (0.299, 0.587, 0.114)
 _CUT = -0.499  # added before rounding, as in `apply`
 
 
-def coloured(views: Tensor, flips: Tensor, colours: Colours) -> Tensor:
+def coloured(views: Tensor, flips: Tensor, colours: Colours, compiled: bool = False) -> Tensor:
     """(B, 3, H, W) floats of whole levels, 0 to 255, from uint8 crops: all that follows the crop.
 
-    `flips` (B,) and `colours` lie on the CPU, so that which images draw what is known without
-    waiting for the device; the images that did not draw a costly operation are not touched by it.
+    `colours` lie on the CPU, so that which images draw what is known without waiting for the
+    device; the images that did not draw a costly operation are not touched by it. `compiled`, the
+    flip, the jitter and the grey are one pass over all images instead, made by torch.compile for
+    each shape: it does more arithmetic and reads each pixel few times. The pictures are the same
+    but for a level where the compiler rounds a sum otherwise. Raises what the compiler raises.
     """
-    out = views.float()
-    out = torch.where(_moved(flips, out).view(-1, 1, 1, 1), out.flip(-1), out)
-    out = jittered(out, colours)
-    if colours.gray.any():
-        gray = _moved(colours.gray, out).view(-1, 1, 1, 1)
-        out = torch.where(gray, luma(out).round().expand_as(out), out)
+    if compiled:
+        points = [_moved(n, views) for n in (flips, *_parameters(colours), colours.gray)]
+        out = _compiled()(views, *points)
+    else:
+        out = views.float()
+        out = torch.where(_moved(flips, out).view(-1, 1, 1, 1), out.flip(-1), out)
+        out = jittered(out, colours)
+        if colours.gray.any():
+            out = _grayed(out, _moved(colours.gray, out))
     if (blurred := colours.sigmas > 0).any():
         where = _moved(blurred.nonzero().squeeze(1), out)
         out = out.index_copy(0, where, blur(out[where], colours.sigmas[blurred]))
@@ -46,20 +55,55 @@ def jittered(images: Tensor, colours: Colours) -> Tensor:
     Brightness, contrast and saturation mix an image with black, its mean and its grey: one
     expression with its own numbers for each image. Hue goes over those images whose turn it is.
     """
+    own, to_mean, to_gray, shifts = _parameters(colours)
     for place in range(4):
-        operation = torch.where(colours.jitter, colours.order[:, place], -1)
-        factor = colours.factors.gather(1, colours.order[:, place, None])[:, 0].float()
-        turned = operation == HUE
-        own = torch.where(turned | (operation < 0), 1.0, factor)
-        if (own != 1).any():
-            to_mean = torch.where(operation == CONTRAST, 1 - own, 0.0)
-            to_gray = torch.where(operation == SATURATION, 1 - own, 0.0)
-            images = _mixed(images, *(_moved(n, images) for n in (own, to_mean, to_gray)))
-        if turned.any():
+        if (own[place] != 1).any():
+            numbers = (own[place], to_mean[place], to_gray[place])
+            images = _mixed(images, *(_moved(n, images) for n in numbers))
+        if (turned := shifts[place] != 0).any():
             where = _moved(turned.nonzero().squeeze(1), images)
-            shifts = _moved(factor[turned], images)
-            images = images.index_copy(0, where, adjust_hue(images[where], shifts))
+            hues = adjust_hue(images[where], _moved(shifts[place][turned], images))
+            images = images.index_copy(0, where, hues)
     return images
+
+
+def _parameters(colours: Colours) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each place in the order of the jitter and each image, (4, B): what `_mixed` takes, and
+    the turn of the hue (0: not its turn)."""
+    operation = torch.where(colours.jitter[:, None], colours.order, -1).T
+    factor = colours.factors.gather(1, colours.order).float().T
+    own = torch.where((operation == HUE) | (operation < 0), 1.0, factor)
+    to_mean = torch.where(operation == CONTRAST, 1 - own, 0.0)
+    to_gray = torch.where(operation == SATURATION, 1 - own, 0.0)
+    return own, to_mean, to_gray, torch.where(operation == HUE, factor, 0.0)
+
+
+def each_point(
+    views: Tensor,
+    flips: Tensor,
+    own: Tensor,
+    to_mean: Tensor,
+    to_gray: Tensor,
+    shifts: Tensor,
+    gray: Tensor,
+) -> Tensor:
+    """Flip, jitter and grey of all images alike, by numbers alone: what a compiler can fuse."""
+    out = views.float()
+    out = torch.where(flips.view(-1, 1, 1, 1), out.flip(-1), out)
+    for place in range(4):
+        out = _mixed(out, own[place], to_mean[place], to_gray[place])
+        turn = shifts[place]
+        out = torch.where((turn != 0).view(-1, 1, 1, 1), adjust_hue(out, turn), out)
+    return _grayed(out, gray)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(each_point, dynamic=False)
+
+
+def _grayed(images: Tensor, gray: Tensor) -> Tensor:
+    return torch.where(gray.view(-1, 1, 1, 1), luma(images).round().expand_as(images), images)
 
 
 def _mixed(images: Tensor, own: Tensor, to_mean: Tensor, to_gray: Tensor) -> Tensor:
@@ -99,22 +143,28 @@ def adjust_hue(images: Tensor, shifts: Tensor) -> Tensor:
 def blur(images: Tensor, sigmas: Tensor) -> Tensor:
     """Gaussians of standard deviations `sigmas` (B,) pixels, cut at three sigma, mirrored edges."""
     height, width = images.shape[-2:]
-    down, across = (_moved(_gaussians(sigmas, n), images) for n in (height, width))
+    across = _gaussians(sigmas, width, images)
+    down = across if height == width else _gaussians(sigmas, height, images)
     return _columns(_rows(images, across), down).round()
 
 
-def _gaussians(sigmas: Tensor, length: int) -> Tensor:
-    """(B, length, length): row i weighs the pixels that make pixel i of a blurred line."""
+def _gaussians(sigmas: Tensor, length: int, images: Tensor) -> Tensor:
+    """(B, length, length): row i weighs the pixels that make pixel i of a blurred line.
+
+    Made on the device of the images: a processor would fill these matrices for longer than a GPU
+    trains on the batch.
+    """
     taps = torch.round(6 * sigmas + 1).long() | 1
     reach = int(taps.max()) // 2
     places = torch.arange(-reach, reach + 1)
     weights = torch.exp(-(places**2) / (2 * sigmas.double().view(-1, 1) ** 2))
     weights = weights * (places.abs() <= taps.view(-1, 1) // 2)
     weights = (weights / weights.sum(1, keepdim=True)).float()  # (B, 2 reach + 1)
-    lines = torch.zeros(len(sigmas), length, length)
+    weights = _moved(weights, images)
+    lines = torch.zeros(len(sigmas), length, length, device=images.device)
+    line = torch.arange(length, device=images.device)
     for tap, place in enumerate(places.tolist()):
-        of = _mirrored(torch.arange(length) + place, length)
-        lines[:, torch.arange(length), of] += weights[:, tap, None]
+        lines[:, line, _mirrored(line + place, length)] += weights[:, tap, None]
     return lines
 
 
@@ -136,21 +186,24 @@ def crop_resize(
     `resize`: a pixel of the result never reads beyond its box. Values outside H and W are not read.
     """
     height, width = images.shape[-2:]
-    boxes = boxes.double()
+    boxes = _moved(boxes.double(), images)
     across = weights(boxes[:, 0], boxes[:, 2], width, size, interpolation)
     down = weights(boxes[:, 1], boxes[:, 3], height, size, interpolation)
-    rows = _level(_rows(images.float(), _moved(across, images)))  # whole, as Pillow has them
-    return _level(_columns(rows, _moved(down, images))).to(torch.uint8)
+    rows = _level(_rows(images.float(), across))  # whole, as Pillow has them
+    return _level(_columns(rows, down)).to(torch.uint8)
 
 
 def weights(
     first: Tensor, last: Tensor, length: int, size: int, interpolation: Interpolation
 ) -> Tensor:
-    """(B, size, length): row i weighs the pixels of a line that make pixel i of the result."""
+    """(B, size, length): row i weighs the pixels of a line that make pixel i of the result.
+
+    Made where `first` and `last` (B,) lie.
+    """
     first, last = first.view(-1, 1, 1), last.view(-1, 1, 1)
     scale = (last - first) / size
-    centres = first + (torch.arange(size).view(-1, 1) + 0.5) * scale
-    pixels = torch.arange(length) + 0.5
+    centres = first + (torch.arange(size, device=first.device).view(-1, 1) + 0.5) * scale
+    pixels = torch.arange(length, device=first.device) + 0.5
     distance = (pixels - centres).abs() / scale.clamp(min=1)  # shrinking widens the filter
     kernel = (1 - distance).clamp(min=0) if interpolation == "bilinear" else _cubic(distance)
     kernel = kernel * ((pixels > first) & (pixels < last))

@@ -12,7 +12,9 @@ from firstsight import cli, data, open_source
 from firstsight.data import static
 from firstsight.errors import UserError
 from firstsight.sources.static import StaticViews
-from firstsight.views import Views
+from firstsight.views import PRESETS, Views
+from firstsight.views.apply import apply
+from firstsight.views.draw import draw
 from tests.sources.pictures import encoded, noise
 
 KINDS = ["moco", "nointer", "super-hard", "hard", "easy"]
@@ -133,6 +135,13 @@ def test_what_is_painted_over_is_the_overlap_or_as_much_elsewhere():
     sides = {np.flatnonzero(c.any(0))[0] for k in range(6)
              for c in [(static._painted(pixels, boxes, 64, 1, k)[2] != 200).any(-1)]}  # fmt: skip
     assert sides == {0, 32}  # some are mirrored, some not
+
+
+def test_moco_views_are_the_two_of_mocov2():
+    pixels = noise(50, 70)
+    drawn = draw(PRESETS["mocov2"], [(70, 50)], seed=3, epoch=0, index=[5])
+    for v, view in enumerate(static._plain(pixels, "moco", 32, seed=3, index=5)):
+        assert np.array_equal(view, apply(pixels, drawn, 0, v, 32))
 
 
 def test_views_without_intersection_come_from_different_corners(monkeypatch):

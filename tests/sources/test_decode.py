@@ -64,7 +64,7 @@ def test_every_mode_is_as_pillow_reads_it(fmt, mode):
 def test_kinds_of_jpeg_are_equal_on_both_paths(options):
     data = encoded(Image.fromarray(picture(301, 203)), "JPEG", **options)
     assert module._plain_jpeg(data)
-    np.testing.assert_array_equal(decode(data), module._by_pillow(data))
+    np.testing.assert_array_equal(decode(data), module._by_pillow(data, lambda *_: 1)[0])
 
 
 def test_an_rgb_jpeg_is_not_taken_for_ycbcr():
@@ -120,6 +120,37 @@ def test_all_orientations_come_out_upright(fmt, orientation):
     got = decode(encoded(stored, fmt, exif=exif, **options))
     assert got.shape == upright.shape
     assert np.abs(got.astype(int) - upright).mean() < 3
+
+
+@pytest.mark.parametrize("by", [2, 4, 8])
+def test_a_jpeg_comes_smaller_as_pillow_drafts_it(by):
+    data, sizes = encoded(Image.fromarray(picture(333, 501)), "JPEG"), []
+    got, times = module.reduced(data, lambda *size: sizes.append(size) or by)
+    reference = Image.open(io.BytesIO(data))
+    reference.draft("RGB", (501 // by, 333 // by))
+    np.testing.assert_array_equal(got, np.asarray(reference))
+    assert (times, sizes) == (by, [(501, 333)]) and got.shape[1] == -(-501 // by)
+    with pytest.raises(UnreadableImage):
+        module.reduced(data[: len(data) // 2], lambda *_: by)
+    png, times = module.reduced(encoded(Image.fromarray(picture()), "PNG"), lambda *_: by)
+    assert times == 1 and np.array_equal(png, picture())
+
+
+@pytest.mark.parametrize(("size", "expected"), [((80, 48), 8), ((44, 84), 4), ((81, 48), 1)])
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_turned_jpeg_comes_smaller_upright_in_its_place(orientation, size, expected):
+    """Only by what divides its sides: pixels that are cut would else come first."""
+    exif, asked = Image.Exif(), []
+    exif[0x0112] = orientation
+    smooth = cv2.resize(picture(5, 6), size, interpolation=cv2.INTER_CUBIC)
+    data = encoded(Image.fromarray(smooth), "JPEG", exif=exif, quality=95, subsampling=0)
+    got, by = module.reduced(data, lambda *size: asked.append(size) or 8)
+    whole = decode(data)
+    assert by == expected and asked == [whole.shape[1::-1]]
+    height, width = got.shape[:2]
+    assert (height * by, width * by) == whole.shape[:2]
+    blocks = whole.reshape(height, by, width, by, 3).mean((1, 3))
+    assert np.abs(got - blocks).mean() < 3
 
 
 @pytest.mark.parametrize("exif", [b"", b"Exif\0\0rubbish", b"Exif\0\0II*\0\xff\xff\xff\xff"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from firstsight.errors import UserError
-from firstsight.sources import open_source, painting, scenes
+from firstsight.sources import open_source, outlines, painting, scenes
 from firstsight.sources.scenes import Scenes
 
 
@@ -58,7 +58,7 @@ def test_neither_box_nor_lean_tells_the_class():
     for number in range(600):
         rng = np.random.default_rng(number)
         label = number % 10
-        points = painting._placed(rng, painting.SHAPES[label](rng))[0]
+        points = painting._placed(rng, outlines.SHAPES[label](rng))[0]
         sizes[label].append(points.max(0) - points.min(0))
     share = np.array([np.prod(sizes[label], -1).mean() / 96**2 for label in range(10)])
     aspect = np.array([np.log(np.divide(*np.transpose(sizes[k]))).mean() for k in range(10)])

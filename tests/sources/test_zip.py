@@ -77,6 +77,7 @@ def test_names_of_classes(train, names, classes, labels):
         ("a.png\t0\r\nb.png\tone\r\n", 2, "'one' is not an integer"),
         ("a.png\t1.5\n", 1, "'1.5' is not an integer"),
         ("a.png\t\n", 1, "'' is not an integer"),
+        (f"a.png\t{10**30}\n", 1, "is not an integer"),
         ("a.png\t0\r\nnotes.txt\t1\r\n", 2, "does not end like an image"),
         ("a.png\t0\nmissing.png\t1\n", 2, "holds no 'missing.png'"),
         ("a.png\t0\nb.png\t0\na.png\t0\n", 3, "twice, first in line 1"),
@@ -101,6 +102,15 @@ def test_a_map_that_cannot_be_read_is_refused(train):
     train.with_name("train_map.txt").mkdir()
     with pytest.raises(UserError, match=r"cannot read '.*train_map\.txt' \(Is a directory\)"):
         Zip(train)
+
+
+def test_an_at_sign_is_a_letter_wherever_it_stands(tmp_path):
+    (tmp_path / "a@b.zip@").mkdir()
+    path = archive(tmp_path / "a@b.zip@" / "t@1.zip", pictures("c@d/x@.png", "@/y.png"))
+    path.with_name("t@1_map.txt").write_text("@/y.png\t0\nc@d/x@.png\t1\n")
+    source = open_source(str(path))
+    assert identities(source) == ["@/y.png", "c@d/x@.png"]
+    assert [int(source.pixels(i)[0, 0, 0]) for i in range(2)] == [1, 0]
 
 
 def test_names_of_archive_and_map_in_any_encoding(tmp_path):
@@ -137,8 +147,8 @@ def test_folders_give_labels_where_there_is_no_map(tmp_path):
     source = Zip(path)
     assert identities(source) == ["cat/b.jpg", "dog/a.png"]
     assert source.classes == ("cat", "dog") and source.labels.tolist() == [0, 1]
-    flat = Zip(archive(tmp_path / "flat.zip", pictures("b.png", "a.png")))
-    assert identities(flat) == ["a.png", "b.png"] and flat.labels is None
+    flat = Zip(archive(tmp_path / "flat.zip", pictures("b.png", "c.png", "a.png")))
+    assert identities(flat) == ["a.png", "b.png", "c.png"] and flat.labels is None
 
 
 def test_paths_that_climb_are_only_names(tmp_path):

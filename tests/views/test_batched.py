@@ -1,13 +1,16 @@
 """Views made for a whole batch, against the same draw made one by one. Distances in grey levels."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as tvf
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from firstsight import loader
 from firstsight.loader import Steps, colours_of, on_device
 from firstsight.order import Epochs
 from firstsight.sources.base import Source
@@ -121,6 +124,31 @@ def test_crop_and_resize_are_those_of_pillow(size, interpolation, largest):
         assert_near(got[b], reference, mean=0.3, largest=largest)
 
 
+class OnCpu(TorchDispatchMode):
+    """Notes the sizes of tensors that are made on the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.device.type == "cpu":
+            self.sizes.append(out.numel())
+        return out
+
+
+def test_what_grows_with_pixels_is_made_on_the_device():
+    """No matrix of weights is filled by the processor; the device here has no memory at all."""
+    images = torch.zeros((6, 3, 60, 80), dtype=torch.uint8, device="meta")
+    drawn = draw(PRESETS["byol"], [(80, 60)] * 6, seed=0, epoch=0, index=np.arange(6))
+    with OnCpu() as made:
+        views = batched.crop_resize(images, torch.from_numpy(drawn.crops[:, 0]), 48, "bicubic")
+        flips = torch.from_numpy(drawn.flips[:, 0])
+        assert batched.coloured(views, flips, colours_of([drawn])[0]).device.type == "meta"
+    assert 0 < max(made.sizes) < 6 * 48
+
+
 class Few(Source):
     spec = "few"
 
@@ -177,3 +205,48 @@ def test_orders_of_the_jitter_are_each_images_own():
                 expected = operations[number](expected, drawn.factors[b, 0, number])
         assert_near(got[b], expected, mean=0.6, largest=4)
     assert len({tuple(order) for order in drawn.order[:, 0]}) > 2
+
+
+def drawn_for_all(preset, count):
+    """Crops, flips and colours of `count` images, every kind of operation among them."""
+    views = dataclasses.replace(PRESETS[preset], hue=0.2, gray=0.4, jitter=0.7)
+    drawn = draw(views, [(SIDE, SIDE)] * count, seed=3, epoch=0, index=np.arange(count))
+    pixels = stacked([PICTURES[k % 6] for k in range(count)])
+    for v, colours in enumerate(colours_of([drawn])):
+        yield pixels, torch.from_numpy(drawn.flips[:, v]), colours
+
+
+@pytest.mark.parametrize("preset", ["byol", "simclr"])
+def test_the_one_pass_that_is_compiled_makes_the_same_pictures(preset, monkeypatch):
+    used = []
+    one_pass = batched.each_point
+    monkeypatch.setattr(batched, "_compiled", lambda: lambda *a: used.append(1) or one_pass(*a))
+    for one in drawn_for_all(preset, 40):
+        assert torch.equal(batched.coloured(*one, compiled=True), batched.coloured(*one))
+    assert used == [1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_what_the_compiler_makes_of_it_differs_by_a_rounding_here_and_there():
+    for one in drawn_for_all("simclr", 12):
+        distance = (batched.coloured(*one, compiled=True) - batched.coloured(*one)).abs()
+        assert (distance > 0).float().mean() < 0.01 and distance.max() <= 8
+
+
+def test_where_nothing_compiles_it_is_said_once_and_the_pictures_are_the_same(monkeypatch, capsys):
+    tried = []
+
+    def missing():
+        tried.append(1)
+        raise RuntimeError("Cannot find a working triton installation.\nMore about it")
+
+    monkeypatch.setattr(batched, "_compiled", missing)
+    monkeypatch.setattr(loader, "_compiles", True)
+    steps = Steps(source=Few(), views=PRESETS["simclr"], size=8, order=Epochs(12, 2, 0), seed=0,
+                  rank=0, world=1, views_on="device")  # fmt: skip
+    device = (steps.views, torch.device("cpu"), torch.contiguous_format)
+    plain, compiled = (on_device(steps.batch(0), *device, c) for c in (False, True))
+    assert all(map(torch.equal, plain.views, compiled.views)) and tried == [1]
+    said = capsys.readouterr().err.strip()
+    assert said.count("\n") == 0 and "(Cannot find a working triton installation.)" in said

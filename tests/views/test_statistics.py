@@ -56,10 +56,10 @@ def test_mean_deviation_and_sharpness(pair):
     assert abs(fineness(ours) / fineness(theirs) - 1) < 0.02
 
 
-def bands(views):
+def bands(views, side=SIDE):
     """Power of grey views in eight rings of frequencies, the finest last."""
     power = np.abs(np.fft.fft2(views.mean(-1))) ** 2
-    y, x = np.meshgrid(*[np.abs(np.fft.fftfreq(SIDE))] * 2)
+    y, x = np.meshgrid(*[np.abs(np.fft.fftfreq(side))] * 2)
     ring = np.minimum((np.hypot(x, y) * 16).astype(int), 7)
     return np.array([power[..., ring == r].mean(-1) for r in range(8)])  # (8, B, V)
 
