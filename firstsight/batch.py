@@ -25,6 +25,8 @@ class Colours:
     """(B,) of bool: turned grey."""
     sigmas: Tensor
     """(B,) standard deviation of the blur, pixels of the view; 0 is no blur."""
+    shrinks: Tensor
+    """(B,) how many times smaller and large again instead; 0: not at all."""
     solarize: Tensor
     """(B,) of bool: values from 128 up are inverted."""
 

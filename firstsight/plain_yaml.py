@@ -10,10 +10,22 @@ import yaml
 from firstsight.errors import UserError
 
 
+class _Once(yaml.SafeLoader):
+    """Refuses a key that comes twice: one of the two would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [str(key) for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{twice[0]} comes twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, which can execute nothing."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), Loader=_Once)
     except OSError as error:
         raise UserError(
             f"cannot read {path}: {error.strerror}; give --config a YAML file"

@@ -104,6 +104,8 @@ def test_a_config_file_gives_way_to_flags_and_refuses_what_it_does_not_know(tmp_
     assert "soon" in failing(capsys, "pretrain", "mocov2", "--config", str(file))
     file.write_text("size: !!python/object/apply:os.system ['true']\n")
     assert "not plain YAML" in failing(capsys, "pretrain", "mocov2", "--config", str(file))
+    file.write_text("views:\n  hue: 0.1\nseed: 1\nviews:\n  gray: 0.3\n")
+    assert "views comes twice" in failing(capsys, "pretrain", "mocov2", "--config", str(file))
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,9 @@ class Views:
     gray: float = 0.2
     """Probability of turning grey."""
     blur: tuple[float, ...] = (0.5,)
-    """Probability of Gaussian blur for each view."""
+    """Probability of blur for each view."""
+    blur_by: Literal["gaussian", "resize"] = "gaussian"
+    """Blur: a Gaussian, or, as SCRL's code, made 1.1, 1.2 or 1.5 times smaller and large again."""
     min_sigma: float = 0.1
     """Blur: smallest standard deviation, pixels of the view."""
     max_sigma: float = 2.0

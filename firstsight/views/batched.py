@@ -16,7 +16,7 @@ from torch import Tensor
 
 from firstsight.batch import Colours
 from firstsight.views import Interpolation
-from firstsight.views.draw import CONTRAST, HUE, SATURATION
+from firstsight.views.draw import CONTRAST, HUE, SATURATION, SHRINKS
 
 _LUMA = (0.299, 0.587, 0.114)
 _CUT = -0.499  # added before rounding, as in `apply`
@@ -43,6 +43,10 @@ def coloured(views: Tensor, flips: Tensor, colours: Colours, compiled: bool = Fa
     if (blurred := colours.sigmas > 0).any():
         where = _moved(blurred.nonzero().squeeze(1), out)
         out = out.index_copy(0, where, blur(out[where], colours.sigmas[blurred]))
+    for times in SHRINKS.tolist():
+        if (colours.shrinks == times).any():
+            where = _moved((colours.shrinks == times).nonzero().squeeze(1), out)
+            out = out.index_copy(0, where, resize_blur(out[where], times))
     if colours.solarize.any():
         inverted = _moved(colours.solarize, out).view(-1, 1, 1, 1) & (out >= 128)
         out = torch.where(inverted, 255 - out, out)
@@ -146,6 +150,16 @@ def blur(images: Tensor, sigmas: Tensor) -> Tensor:
     across = _gaussians(sigmas, width, images)
     down = across if height == width else _gaussians(sigmas, height, images)
     return _columns(_rows(images, across), down).round()
+
+
+def resize_blur(images: Tensor, times: float) -> Tensor:
+    """Images (B, 3, H, H) made so many times smaller (bicubic) and as large as before again."""
+    side = images.shape[-1]
+    small = max(1, int(side / times))
+    for before, after in ((side, small), (small, side)):
+        whole = torch.tensor([[0, 0, before, before]] * len(images))
+        images = crop_resize(images, whole, after, "bicubic").float()
+    return images
 
 
 def _gaussians(sigmas: Tensor, length: int, images: Tensor) -> Tensor:

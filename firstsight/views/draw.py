@@ -31,6 +31,9 @@ _SLOTS = np.arange(33)
 _HIDE, _GRID = 33, 34
 _CELLS = 35  # and all after it: one for each cell of the finest grid
 
+SHRINKS = np.array([1.1, 1.2, 1.5])
+"""How many times smaller SCRL's code makes a view to blur it: one of these at random."""
+
 HIDDEN = 16
 """Cells a side of the finest grid of Hide-and-Seek; coarser ones are 8 and 4."""
 
@@ -55,6 +58,8 @@ class Drawn:
     """(B, V) turned grey."""
     sigmas: NDArray[np.float64]
     """(B, V) standard deviation of the blur, pixels of the view; 0 is no blur."""
+    shrinks: NDArray[np.float64]
+    """(B, V) how many times smaller and large again instead, as a blur; 0: not at all."""
     solarize: NDArray[np.bool_]
     """(B, V) values from 128 up are inverted."""
     hidden: NDArray[np.bool_]
@@ -91,6 +96,9 @@ def draw(
     lowest = np.array([0.0, 0.0, 0.0, -0.5])  # a factor is never negative
     low, high = np.maximum(middle - strengths, lowest), middle + strengths
     sigmas = views.min_sigma + u[..., _SIGMA] * (views.max_sigma - views.min_sigma)
+    shrinks = SHRINKS[(u[..., _SIGMA] * len(SHRINKS)).astype(np.int64)]
+    blurred = u[..., _BLUR] < np.array(views.blurs)
+    gaussian = views.blur_by == "gaussian"
     return Drawn(
         crops=_crops(views, sizes, u),
         flips=u[..., _FLIP] < views.flip,
@@ -98,7 +106,8 @@ def draw(
         order=_ORDERS[(u[..., _ORDER] * len(_ORDERS)).astype(np.int64)],
         factors=low + u[..., _FACTORS : _FACTORS + 4] * (high - low),
         gray=u[..., _GRAY] < views.gray,
-        sigmas=np.where(u[..., _BLUR] < np.array(views.blurs), sigmas, 0.0),
+        sigmas=np.where(blurred & gaussian, sigmas, 0.0),
+        shrinks=np.where(blurred & (not gaussian), shrinks, 0.0),
         solarize=u[..., _SOLARIZE] < np.array(views.solarizes),
         hidden=_hidden(views, (seed, salt, epoch, index[:, None, None])),
     )

@@ -72,6 +72,8 @@ def _colour(out: Pixels, drawn: Drawn, v: int, mean: tuple[float, float, float])
         out[gray] = to_grays(out[gray])
     for b in np.flatnonzero(drawn.sigmas[:, v] > 0).tolist():
         apply_one.gaussian_blur(pictures[b], float(drawn.sigmas[b, v]), pictures[b])
+    for b in np.flatnonzero(drawn.shrinks[:, v] > 0).tolist():
+        apply_one.resize_blur(pictures[b], float(drawn.shrinks[b, v]), pictures[b])
     for b in np.flatnonzero(drawn.solarize[:, v]).tolist():
         apply_one.solarize(pictures[b], pictures[b])
     for b in np.flatnonzero(drawn.hidden[:, v].any((1, 2))).tolist():

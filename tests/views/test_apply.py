@@ -278,10 +278,22 @@ def drawn_by_hand(box, flip=False, **changes):
         "factors": np.array([[[1.0, 1.0, 1.0, 0.0]]]),
         "gray": np.array([[False]]),
         "sigmas": np.array([[0.0]]),
+        "shrinks": np.array([[0.0]]),
         "solarize": np.array([[False]]),
         "hidden": np.zeros((1, 1, 16, 16), bool),
     }
     return Drawn(**(neutral | changes))
+
+
+@pytest.mark.parametrize(("side", "small"), [(224, (203, 186, 149)), (40, (36, 33, 26))])
+def test_blur_by_resizing_is_two_bicubic_resizes_of_pillow(side, small):
+    pixels = generated(1, side, side)
+    for times, less in zip((1.1, 1.2, 1.5), small, strict=True):
+        drawn = drawn_by_hand([0, 0, side, side], shrinks=np.array([[times]]))
+        smaller = Image.fromarray(pixels).resize((less, less), Image.Resampling.BICUBIC)
+        expected = np.asarray(smaller.resize((side, side), Image.Resampling.BICUBIC), float)
+        distance = np.abs(apply(pixels, drawn, 0, 0, side) - expected)
+        assert distance.mean() < 0.2 and distance.max() <= 3
 
 
 @pytest.mark.parametrize("flip", [False, True])

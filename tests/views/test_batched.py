@@ -44,6 +44,7 @@ def colours(count, **changes):
         "factors": torch.tensor([[1.0, 1.0, 1.0, 0.0]], dtype=torch.float64).repeat(count, 1),
         "gray": torch.zeros(count, dtype=torch.bool),
         "sigmas": torch.zeros(count, dtype=torch.float64),
+        "shrinks": torch.zeros(count, dtype=torch.float64),
         "solarize": torch.zeros(count, dtype=torch.bool),
     }
     return batched.Colours(**(neutral | changes))
@@ -101,6 +102,17 @@ def test_blur_is_that_of_one_view_and_touches_no_other():
     ]
     got = done(sigmas=torch.tensor(sigmas, dtype=torch.float64))
     assert_near(got, expected, mean=0.03, largest=1)
+    assert np.array_equal(got[[0, 3]], np.stack(PICTURES)[[0, 3]])
+
+
+def test_blur_by_resizing_is_that_of_one_view_and_touches_no_other():
+    shrinks = (0.0, 1.1, 1.5, 0.0, 1.2, 1.5)
+    expected = [
+        apply.resize_blur(p, times) if times else p
+        for p, times in zip(PICTURES, shrinks, strict=True)
+    ]
+    got = done(shrinks=torch.tensor(shrinks, dtype=torch.float64))
+    assert_near(got, expected, mean=0.2, largest=2)
     assert np.array_equal(got[[0, 3]], np.stack(PICTURES)[[0, 3]])
 
 

@@ -239,6 +239,16 @@ def test_a_higher_probability_keeps_what_was_drawn_before():
     assert np.array_equal(rare.sigmas[blurred], common.sigmas[blurred])
 
 
+def test_blur_by_resizing_is_one_of_three_and_moves_nothing_else():
+    gaussian = drawn_many(Views(blur=(0.6,)))
+    resized = drawn_many(Views(blur=(0.6,), blur_by="resize"))
+    assert not gaussian.shrinks.any() and not resized.sigmas.any()
+    assert same(gaussian, resized, but=("sigmas", "shrinks"))
+    assert np.array_equal(gaussian.sigmas > 0, resized.shrinks > 0)
+    for times in (1.1, 1.2, 1.5):
+        assert_share(resized.shrinks[resized.shrinks > 0] == times, 1 / 3)
+
+
 def test_draws_never_change_from_one_version_to_the_next():
     drawn = draw(PRESETS["byol"], [[500, 375]], seed=0, epoch=0, index=[0])
     assert drawn.crops.tolist() == [[[31, 13, 351, 312], [222, 54, 443, 284]]]
