@@ -11,6 +11,7 @@ import tyro
 from firstsight import settings
 from firstsight.errors import UserError, require_not_negative, require_positive, unknown
 from firstsight.flags import parsed, taken
+from firstsight.readings import figures
 from firstsight.settings import Common
 from firstsight.shown import show, table, write_json
 
@@ -34,15 +35,21 @@ class Judging(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading(Judging):
+class OverRun(Judging):
+    """What every reading that a run can have of each of its snapshots can be told."""
+
+    snapshots: bool = False
+    """Read every snapshot of a run, and keep the curve in its folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(OverRun):
     """What every reading of a backbone with labelled images can be told."""
 
     train: str
     """Labelled SOURCE to learn from: the bank of neighbours, the images of a classifier."""
     test: str
     """Labelled SOURCE to classify."""
-    snapshots: bool = False
-    """Read every snapshot of a run, and keep the curve in its folder."""
     download: bool = False
     """Fetch cifar10:train, cifar100:..., stl10:... where their files are missing."""
 
@@ -166,7 +173,7 @@ class Finetune(Reading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dense(Judging):
+class Dense(OverRun):
     """Classes of the cells of feature maps, by k-NN and by a linear classifier on single cells."""
 
     train: str
@@ -202,7 +209,7 @@ class Dense(Judging):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unlabelled(Judging):
+class Unlabelled(OverRun):
     """What every reading of two views of each image can be told."""
 
     data: str
@@ -260,7 +267,7 @@ def evaluate_knn(args: list[str], target: str | None) -> None:
 
     from firstsight.evaluate import knn
 
-    if (result := _read(knn, "knn", asked, target)) is not None:
+    if (result := taken_of(knn, "knn", asked, target)) is not None:
         rows = [
             [k, f"{figures['top1']:.2f}", f"{figures['top5']:.2f}"]
             for k, figures in result["k"].items()
@@ -277,7 +284,7 @@ def evaluate_linear(args: list[str], target: str | None) -> None:
 
     from firstsight.evaluate import linear
 
-    if (result := _read(linear, "linear", asked, target)) is None:
+    if (result := taken_of(linear, "linear", asked, target)) is None:
         return
     rows = [["last epoch", f"{result['top1']:.2f}", f"{result['top5']:.2f}"]]
     best = f"epoch {result['best_epoch']}, the best on the test images"
@@ -294,7 +301,7 @@ def evaluate_finetune(args: list[str], target: str | None) -> None:
 
     from firstsight.evaluate import finetune
 
-    if (result := _read(finetune, "finetune", asked, target)) is None:
+    if (result := taken_of(finetune, "finetune", asked, target)) is None:
         return
     rows = [["last epoch", f"{result['top1']:.2f}", f"{result['top5']:.2f}"]]
     if "mean_per_class" in result:
@@ -310,7 +317,8 @@ def evaluate_dense(args: list[str], target: str | None) -> None:
 
     from firstsight.evaluate import dense
 
-    result = dense(asked.pop("checkpoint"), **asked)
+    if (result := taken_of(dense, "dense", asked, target)) is None:
+        return
     names = {"k-NN": "knn", "linear": "linear", "always the most frequent": "most_frequent"}
     rows = [
         [name, f"{result[key]['accuracy']:.2f}", f"{result[key]['mean_iou']:.2f}"]
@@ -325,27 +333,33 @@ def evaluate_instance(args: list[str], target: str | None) -> None:
 
     from firstsight.evaluate import instance
 
-    result = instance(asked.pop("checkpoint"), **asked)
+    if (result := taken_of(instance, "instance", asked, target)) is None:
+        return
     rows = [[k, *(f"{result[pair][k]:.2f}" for pair in ("d-sd", "sd-sd"))] for k in result["d-sd"]]
     columns = ["top", "image to view", "view to view"]
     show("own view found, percent", columns, rows, result, target)
 
 
-def _read(
+def taken_of(
     reading: Callable[..., dict[str, Any]], name: str, asked: dict[str, Any], target: str | None
 ) -> dict[str, Any] | None:
-    """The reading of one checkpoint; those of all snapshots are shown here, and nothing is left."""
+    """The reading of one checkpoint; those of all snapshots are shown here, and nothing is left.
+
+    What is taken of a run stays in its folder, for its report.
+    """
+    from firstsight import evaluate
+
     spec, over_run = asked.pop("checkpoint"), asked.pop("snapshots")
     if not over_run:
-        return reading(spec, **asked)
-
-    from firstsight.evaluate import over_snapshots
-
-    results = over_snapshots(spec, name, lambda snapshot: reading(snapshot, **asked))
-    steps = [[str(one["step"]), f"{one['top1']:.2f}"] for one in results]
-    what = {"knn": "k-NN at its best k", "linear": "linear", "finetune": "fine-tuned"}[name]
-    table(f"{what} over the run, percent", ["step", "top-1"], steps)
+        return evaluate.kept(spec, name, lambda one: reading(one, **asked))
+    results = evaluate.over_snapshots(spec, name, lambda one: reading(one, **asked))
+    shown = [f for f in figures(name) if any(f.of(one) is not None for one in results)]
+    rows = [
+        [str(one["step"]), *("" if (v := f.of(one)) is None else f"{v:.2f}" for f in shown)]
+        for one in results
+    ]
     write_json(target, results)
+    table(f"{name} over the run", ["step", *(figure.said for figure in shown)], rows)
     return None
 
 

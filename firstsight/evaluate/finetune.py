@@ -28,6 +28,7 @@ from firstsight.features import Reader, extract
 from firstsight.heads import Heads, prepared
 from firstsight.loader import Steps, batches, normalised
 from firstsight.log import Meter
+from firstsight.metrics import confused, confusion
 from firstsight.nets import cast_to
 from firstsight.optim import cosine
 from firstsight.order import Epochs
@@ -179,6 +180,8 @@ def finetune(
     if not math.isfinite(last["loss"]):
         raise UserError(f"training diverged at a learning rate of {how.lr:g}; use a lower --lr")
     best = max(curve, key=lambda one: one["top1"])
+    found = heads.predicted(queries.values)[:, 0]
+    table = confusion(queries.labels(asked_labels), found, classes)
     lost = len(set[str]().union(*distributed.collect(bad)))
     return {
         "protocol": {
@@ -199,6 +202,7 @@ def finetune(
         "best_epoch": best["epoch"],
         "best_chosen_on": "the test images",
         "curve": [{"epoch": one["epoch"], "top1": one["top1"]} for one in curve],
+        **confused(table, source.classes),
         "images": {"train": len(part) - lost, "test": len(queries.values)},
         "unreadable": {"train": lost, "test": queries.unreadable},
         "seconds": round(time.perf_counter() - began, 1),
