@@ -93,9 +93,19 @@ class Knn(Reading):
 class Linear(Reading):
     """A linear classifier on the frozen backbone; what is not given is as the protocol says."""
 
-    protocol: Literal["cached", "moco", "pic", "byol", "scrl", "swav", "ssl-small", "dino"] = (
-        "cached"
-    )
+    protocol: Literal[
+        "cached",
+        "moco",
+        "pic",
+        "byol",
+        "scrl",
+        "swav",
+        "simclr",
+        "simsiam",
+        "vicreg",
+        "ssl-small",
+        "dino",
+    ] = "cached"
     """Where all numbers start. cached: on features extracted once, the best of 12 settings by a
     held-out tenth of --train. The others: as published, on random crops; slow, as they decode and
     encode each image in every epoch."""
@@ -125,6 +135,9 @@ class Linear(Reading):
     """The learning rate changes between epochs only."""
     init_std: float | None = None
     """Standard deviation of the first weights; 0: as torch draws a linear layer."""
+    batch_norm: Literal["rest", "batch"] | None = None
+    """Batch-norm while the head learns: by running statistics, which rest, or (as PIC's code) by
+    those of each batch, which move them in a copy."""
     representation: Literal["original", "norm", "standard"] | None = None
     """Features as they are, of unit length, or each of mean 0 and deviation 1."""
     min_scale: float | None = None
@@ -287,6 +300,8 @@ def evaluate_linear(args: list[str], target: str | None) -> None:
     if (result := taken_of(linear, "linear", asked, target)) is None:
         return
     rows = [["last epoch", f"{result['top1']:.2f}", f"{result['top5']:.2f}"]]
+    if abs(result["mean_per_class"] - result["top1"]) > 1e-6:  # of classes that differ in size
+        rows.append(["last epoch, mean per class", f"{result['mean_per_class']:.2f}", ""])
     best = f"epoch {result['best_epoch']}, the best on the test images"
     rows.append([best, f"{result['best_top1']:.2f}", ""])
     if "chosen" in result:

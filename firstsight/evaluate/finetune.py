@@ -24,7 +24,8 @@ from firstsight.backbones import Backbone
 from firstsight.errors import UserError, require_positive, require_share, unknown
 from firstsight.evaluate.linear import crops, refuse_uneven
 from firstsight.evaluate.opened import opened
-from firstsight.features import Reader, extract
+from firstsight.evaluate.repeated import repeated_files
+from firstsight.features import Reader, extract, refuse_unusable
 from firstsight.heads import Heads, prepared
 from firstsight.loader import Steps, batches, normalised
 from firstsight.log import Meter
@@ -131,8 +132,9 @@ def finetune(
 
     `labels` is how many of each class to learn from: a share ("1%") or a number ("13"), drawn by
     `seed`. `protocol` names where all numbers start (`TUNINGS`); what is given wins, and drops move
-    with the epochs. The test images are read every `test_every` epochs and after the last. Raises
-    `UserError` where labels are missing.
+    with the epochs. The test images are read every `test_every` epochs and after the last; those
+    that were learnt from are counted in `repeated`. Raises `UserError` where labels are missing, or
+    the backbone's features are not numbers.
     """
     began = time.perf_counter()
     given = {
@@ -163,9 +165,13 @@ def finetune(
         device=device,
         threads=threads,
     )
-    part = Part(source, chosen(own, labels, seed))
+    learnt = chosen(own, labels, seed)
+    part = Part(source, learnt)
     how = dataclasses.replace(how, batch_size=min(how.batch_size, _whole(len(part))))
     refuse_uneven(how.batch_size)
+    some = np.arange(min(len(part), reader.batch_size))
+    refuse_unusable(extract(backbone, part, reader, some).values)
+    again = repeated_files(source, learnt, asked)
     heads = Heads(
         1, backbone.width, classes, seed=seed, prepare=prepared(Tensor(), how.representation)
     )
@@ -205,6 +211,7 @@ def finetune(
         **confused(table, source.classes),
         "images": {"train": len(part) - lost, "test": len(queries.values)},
         "unreadable": {"train": lost, "test": queries.unreadable},
+        "repeated": again,
         "seconds": round(time.perf_counter() - began, 1),
     }
 
