@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from firstsight import diagnose, load_backbone, methods, pairs, run
+from firstsight import diagnose, distributed, load_backbone, methods, pairs, run
 from firstsight.errors import UserError
 from firstsight.evaluate import dense, finetune, instance, knn, linear
+from firstsight.evaluate.knn import Search
 from firstsight.evaluate.repeated import repeated_files
 from firstsight.features import Reader, extract
 from firstsight.metrics import knn_predict
@@ -109,6 +110,39 @@ def test_the_chosen_k_is_that_of_the_training_images_left_out_in_turn():
     assert found[str(result["chosen"]["k"])] == max(found.values())
     assert result["chosen"]["top1"] == result["k"][str(result["chosen"]["k"])]["top1"]
     assert result["best"]["chosen_on"] == "the test images"
+
+
+def the_search(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows, queries = (torch.randn(n, 6, generator=generator).double() for n in (90, 31))
+    search = Search(rows, torch.arange(90) % 4, 4, [1, 7], "softmax", 0.1, "cosine")
+    return search, queries
+
+
+def _ask(rank):
+    distributed.start("cpu", 1)
+    search, queries = the_search()
+    found = search(queries), search(search.rows[:5], torch.arange(5)), search(queries[:1])
+    asked = {"train": "scenes:train@8", "test": "scenes:test@7", "k": [3], "size": 32}
+    whole = knn(f"random:{NETWORK}", device="cpu", threads=1, **asked)
+    distributed.stop()
+    return found, whole["confusion"]
+
+
+def test_ranks_share_the_queries_and_all_have_the_whole_answer(on_ranks):
+    """The published workers each ask for all rows in an order of their own, and hope it is one."""
+    search, queries = the_search()
+    for k in search.ks:
+        by_hand = knn_predict(search.rows, search.labels, queries, k, temperature=0.1)
+        assert search(queries)[0][k][:, 0].tolist() == by_hand.tolist()
+    alone = search(queries), search(search.rows[:5], torch.arange(5)), search(queries[:1])
+    assert (alone[1][1] != torch.arange(5)).all()
+    (_, table), (_, same) = ranks = on_ranks(_ask)
+    assert table == same and sum(map(sum, table["table"])) == 7
+    for answers, _ in ranks:
+        for (voted, near), (other, others) in zip(alone, answers, strict=True):
+            assert near.tolist() == others.tolist()
+            assert all(voted[k].tolist() == other[k].tolist() for k in search.ks)
 
 
 def test_test_images_that_are_training_images_are_counted(tmp_path, capsys):

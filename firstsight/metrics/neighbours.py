@@ -198,19 +198,6 @@ def knn_accuracy(
     if len(train) == 0 or len(test) == 0:
         raise UserError("k-NN needs at least one readable image in each of --train and --test")
     found = nearest(train, test, max(ks), metric)
-    return voted_accuracy(found, labels, test_labels, ks, weighting, temperature, metric)
-
-
-def voted_accuracy(
-    found: Iterable[tuple[Tensor, Tensor]],
-    labels: Tensor,
-    test_labels: Tensor,
-    ks: Sequence[int],
-    weighting: Weighting = "softmax",
-    temperature: float = 0.07,
-    metric: Metric = "cosine",
-) -> dict[int, dict[str, float]]:
-    """`knn_accuracy` from the neighbours that `nearest` found."""
     classes = int(max(labels.max(), test_labels.max())) + 1
     first = first_five(found, labels, classes, ks, weighting, temperature, metric)
     return {k: accuracies(first[k], test_labels) for k in ks}
