@@ -106,7 +106,7 @@ def test_published_distractors_are_no_positives_of_others():
 
 def test_each_image_weighs_the_same_however_many_are_of_its_class():
     """The published mean over blocks of a class lets the last image count as much as four."""
-    d, sd, sd2 = published()
+    _, sd, sd2 = published()
     ranks = instance_ranks(sd[:5], sd2[:5])
     right = (ranks < 1).double()
     theirs = 100 * float(torch.stack([right[:4].mean(), right[4:].mean()]).mean())

@@ -197,6 +197,6 @@ def stated(name: str, how: Protocol) -> dict[str, Any]:
     """What the figures depend on by how the classifier is trained."""
     left_out = {"base_lr"}
     left_out |= {"drops"} if how.schedule == "cosine" else set()
-    left_out |= set() if how.augment else {"min_scale"}
+    left_out |= set() if how.augment else {"min_scale", "batch_norm"}
     numbers = {key: value for key, value in plain(how).items() if key not in left_out}
     return {"name": name, **numbers, "lr": list(how.peaks), "layer": "backbone"}
