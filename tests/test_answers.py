@@ -61,7 +61,13 @@ def test_readings_of_snapshots_answer_where_nothing_was_read_beside_the_run(tmp_
     def run(name, points, images):
         folder = make_run(tmp_path / f"{name}-{images}", [{"step": 100, "loss": 1.0}], False)
         results = [
-            {"step": step, "top1": top1, "images": {"test": images}} for step, top1 in points
+            {
+                "step": step,
+                "top1": top1,
+                "images": {"test": images},
+                "protocol": {"test": "val"} if images == 600 else {},
+            }
+            for step, top1 in points
         ]
         (folder / "readings").mkdir()
         (folder / "readings" / f"{name}.json").write_text(json.dumps(results))
@@ -69,9 +75,11 @@ def test_readings_of_snapshots_answer_where_nothing_was_read_beside_the_run(tmp_
 
     points = [(10, 30.0), (50, 48.0), (100, 40.0)]
     many, few = run("linear", points, 600), run("linear", points, 60)
-    assert learning(many) == "Yes: linear by evaluate went from 30.0 % at step 10 to 40.0 %."
+    assert learning(many) == "Yes: linear by evaluate on val went from 30.0 % at step 10 to 40.0 %."
     assert learning(few).startswith("Not visibly") and "12.6 points" in learning(few)
-    assert checkpoint(many).startswith("The snapshot of step 50: linear by evaluate is 48.0 %")
+    assert checkpoint(many).startswith(
+        "The snapshot of step 50: linear by evaluate on val is 48.0 %"
+    )
     assert checkpoint(few).startswith("The last: none of 3 snapshots")
     # telling images apart is what was trained: that no label judges, so it answers nothing
     pretext = [{"step": step, "d-sd": {"1": 9.0 * step}} for step in (1, 5, 10)]

@@ -28,7 +28,7 @@ from firstsight.evaluate.repeated import repeated_files
 from firstsight.features import Reader, extract, refuse_unusable
 from firstsight.heads import Heads, prepared
 from firstsight.loader import Steps, batches, normalised
-from firstsight.log import Meter
+from firstsight.log import Meter, say
 from firstsight.metrics import confused, confusion
 from firstsight.nets import cast_to
 from firstsight.optim import cosine
@@ -185,6 +185,12 @@ def finetune(
     last = curve[-1]
     if not math.isfinite(last["loss"]):
         raise UserError(f"training diverged at a learning rate of {how.lr:g}; use a lower --lr")
+    guessing = math.log(classes)
+    if last["loss"] > 2 * guessing:
+        say(
+            f"in the end the loss is {last['loss']:.3g}, where guessing has {guessing:.3g}: training "
+            "ran wild; try a lower --lr or --head-lr"
+        )
     best = max(curve, key=lambda one: one["top1"])
     found = heads.predicted(queries.values)[:, 0]
     table = confusion(queries.labels(asked_labels), found, classes)

@@ -47,7 +47,8 @@ def learning(run: Run) -> str:
     for name, figure, points in _accuracies(run):
         (start, before), (end, now) = points[0], points[-1]
         if start < end:
-            said = f"{figure.said} went from {before:.1f} % at step {start:,.0f} to {now:.1f} %"
+            said = f"{figure.said}{_on(run.readings[name][-1])} went from {before:.1f} % at step "
+            said += f"{start:,.0f} to {now:.1f} %"
             return _gained(said, now - before, _error(now, _asked(run.readings[name][-1])))
     return (
         "Not measured: a loss does not say how good features are. Readings of labelled images do: "
@@ -91,15 +92,16 @@ def checkpoint(run: Run) -> str:
     Where none is of labelled images, the effective rank may speak for an earlier one.
     """
     for name, figure, points in _accuracies(run):
+        what = figure.said + _on(run.readings[name][-1])
         (last_step, last), (step, best) = points[-1], max(points, key=lambda point: point[1])
         if best - last > _error(last, _asked(run.readings[name][-1])):
             return (
-                f"The snapshot of step {step:,.0f}: {figure.said} is {best:.1f} % there, and "
+                f"The snapshot of step {step:,.0f}: {what} is {best:.1f} % there, and "
                 f"{last:.1f} % at step {last_step:,.0f}. The test images chose it, so its figure "
                 "flatters."
             )
         return (
-            f"The last: none of {len(points)} snapshots has {figure.said} beyond chance above its "
+            f"The last: none of {len(points)} snapshots has {what} beyond chance above its "
             f"{last:.1f} %."
         )
     rank = figures("diagnose")[0]
@@ -122,6 +124,13 @@ def _accuracies(run: Run) -> list[tuple[str, Figure, list[tuple[float, float]]]]
     found = [(name, figures(name)[0]) for name in LABELLED if name in run.readings]
     curves = [(name, figure, run.over(name, figure)) for name, figure in found]
     return [one for one in curves if one[2]]
+
+
+def _on(result: dict[str, Any]) -> str:
+    """Which images a reading asked about, where it says so."""
+    protocol = result.get("protocol")
+    found = protocol.get("test", protocol.get("data")) if isinstance(protocol, dict) else None
+    return f" on {found}" if isinstance(found, str) else ""
 
 
 def _asked(result: dict[str, Any]) -> int | None:

@@ -43,7 +43,8 @@ def together(runs: Sequence[Run]) -> str:
         return ""
     caption = "All readings, as they are now; what is read differently in the runs is marked"
     own = ["Now"] if len(runs) == 1 else heads(runs)
-    return table(["Figure", *own], rows, caption=caption if len(runs) > 1 else "All readings")
+    made = table(["Figure", *own], rows, caption=caption if len(runs) > 1 else "All readings")
+    return f'<div class="all">\n{made}</div>\n'
 
 
 def _read_differently(name: str, runs: Sequence[Run]) -> bool:

@@ -219,4 +219,4 @@ def _unit(figure: Figure) -> str:
 
 
 def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
+    return text if text.startswith("k-NN") else text[0].upper() + text[1:]
