@@ -188,8 +188,8 @@ def finetune(
     guessing = math.log(classes)
     if last["loss"] > 2 * guessing:
         say(
-            f"in the end the loss is {last['loss']:.3g}, where guessing has {guessing:.3g}: training "
-            "ran wild; try a lower --lr or --head-lr"
+            f"in the end the loss is {last['loss']:.3g}, where guessing has {guessing:.3g}: "
+            "training ran wild; try a lower --lr or --head-lr"
         )
     best = max(curve, key=lambda one: one["top1"])
     found = heads.predicted(queries.values)[:, 0]
