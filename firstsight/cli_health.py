@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from firstsight import settings
-from firstsight.cli_judge import Judging, Unlabelled
+from firstsight.cli_judge import Judging, Unlabelled, taken_of
 from firstsight.errors import UserError, require_not_negative, require_positive
 from firstsight.flags import parsed, taken
 from firstsight.shown import show
@@ -37,6 +37,8 @@ class Diagnose(Unlabelled):
         super().__post_init__()
         require_not_negative("--", self, "images")
         require_positive("--", self, "map_images")
+        if self.snapshots and (self.map or self.out):
+            raise UserError("a map shows one network: leave out --snapshots, or --map and --out")
         if not self.topk or min(self.topk) < 1:
             raise UserError(f"--topk takes numbers of 1 or more, not {self.topk}")
 
@@ -68,7 +70,8 @@ def diagnose(args: list[str]) -> None:
 
     from firstsight import diagnose
 
-    result = diagnose.run(asked.pop("checkpoint"), **asked)
+    if (result := taken_of(diagnose.run, "diagnose", asked, target)) is None:
+        return
     pairs = [
         ("alignment, 0 is best", result["alignment"], ".4f"),
         ("uniformity, lower is better", result["uniformity"], ".4f"),

@@ -11,6 +11,7 @@ import tyro
 from firstsight import settings
 from firstsight.errors import UserError, require_not_negative, require_positive, unknown
 from firstsight.flags import parsed, taken
+from firstsight.readings import figures
 from firstsight.settings import Common
 from firstsight.shown import show, table, write_json
 
@@ -34,15 +35,21 @@ class Judging(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading(Judging):
+class OverRun(Judging):
+    """What every reading that a run can have of each of its snapshots can be told."""
+
+    snapshots: bool = False
+    """Read every snapshot of a run, and keep the curve in its folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(OverRun):
     """What every reading of a backbone with labelled images can be told."""
 
     train: str
     """Labelled SOURCE to learn from: the bank of neighbours, the images of a classifier."""
     test: str
     """Labelled SOURCE to classify."""
-    snapshots: bool = False
-    """Read every snapshot of a run, and keep the curve in its folder."""
     download: bool = False
     """Fetch cifar10:train, cifar100:..., stl10:... where their files are missing."""
 
@@ -86,9 +93,19 @@ class Knn(Reading):
 class Linear(Reading):
     """A linear classifier on the frozen backbone; what is not given is as the protocol says."""
 
-    protocol: Literal["cached", "moco", "pic", "byol", "scrl", "swav", "ssl-small", "dino"] = (
-        "cached"
-    )
+    protocol: Literal[
+        "cached",
+        "moco",
+        "pic",
+        "byol",
+        "scrl",
+        "swav",
+        "simclr",
+        "simsiam",
+        "vicreg",
+        "ssl-small",
+        "dino",
+    ] = "cached"
     """Where all numbers start. cached: on features extracted once, the best of 12 settings by a
     held-out tenth of --train. The others: as published, on random crops; slow, as they decode and
     encode each image in every epoch."""
@@ -118,6 +135,9 @@ class Linear(Reading):
     """The learning rate changes between epochs only."""
     init_std: float | None = None
     """Standard deviation of the first weights; 0: as torch draws a linear layer."""
+    batch_norm: Literal["rest", "batch"] | None = None
+    """Batch-norm while the head learns: by running statistics, which rest, or (as PIC's code) by
+    those of each batch, which move them in a copy."""
     representation: Literal["original", "norm", "standard"] | None = None
     """Features as they are, of unit length, or each of mean 0 and deviation 1."""
     min_scale: float | None = None
@@ -166,7 +186,7 @@ class Finetune(Reading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dense(Judging):
+class Dense(OverRun):
     """Classes of the cells of feature maps, by k-NN and by a linear classifier on single cells."""
 
     train: str
@@ -202,7 +222,7 @@ class Dense(Judging):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unlabelled(Judging):
+class Unlabelled(OverRun):
     """What every reading of two views of each image can be told."""
 
     data: str
@@ -260,7 +280,7 @@ def evaluate_knn(args: list[str], target: str | None) -> None:
 
     from firstsight.evaluate import knn
 
-    if (result := _read(knn, "knn", asked, target)) is not None:
+    if (result := taken_of(knn, "knn", asked, target)) is not None:
         rows = [
             [k, f"{figures['top1']:.2f}", f"{figures['top5']:.2f}"]
             for k, figures in result["k"].items()
@@ -277,9 +297,11 @@ def evaluate_linear(args: list[str], target: str | None) -> None:
 
     from firstsight.evaluate import linear
 
-    if (result := _read(linear, "linear", asked, target)) is None:
+    if (result := taken_of(linear, "linear", asked, target)) is None:
         return
     rows = [["last epoch", f"{result['top1']:.2f}", f"{result['top5']:.2f}"]]
+    if abs(result["mean_per_class"] - result["top1"]) > 0.5:  # classes differ much in size
+        rows.append(["last epoch, mean per class", f"{result['mean_per_class']:.2f}", ""])
     best = f"epoch {result['best_epoch']}, the best on the test images"
     rows.append([best, f"{result['best_top1']:.2f}", ""])
     if "chosen" in result:
@@ -294,7 +316,7 @@ def evaluate_finetune(args: list[str], target: str | None) -> None:
 
     from firstsight.evaluate import finetune
 
-    if (result := _read(finetune, "finetune", asked, target)) is None:
+    if (result := taken_of(finetune, "finetune", asked, target)) is None:
         return
     rows = [["last epoch", f"{result['top1']:.2f}", f"{result['top5']:.2f}"]]
     if "mean_per_class" in result:
@@ -310,7 +332,8 @@ def evaluate_dense(args: list[str], target: str | None) -> None:
 
     from firstsight.evaluate import dense
 
-    result = dense(asked.pop("checkpoint"), **asked)
+    if (result := taken_of(dense, "dense", asked, target)) is None:
+        return
     names = {"k-NN": "knn", "linear": "linear", "always the most frequent": "most_frequent"}
     rows = [
         [name, f"{result[key]['accuracy']:.2f}", f"{result[key]['mean_iou']:.2f}"]
@@ -325,27 +348,33 @@ def evaluate_instance(args: list[str], target: str | None) -> None:
 
     from firstsight.evaluate import instance
 
-    result = instance(asked.pop("checkpoint"), **asked)
+    if (result := taken_of(instance, "instance", asked, target)) is None:
+        return
     rows = [[k, *(f"{result[pair][k]:.2f}" for pair in ("d-sd", "sd-sd"))] for k in result["d-sd"]]
     columns = ["top", "image to view", "view to view"]
     show("own view found, percent", columns, rows, result, target)
 
 
-def _read(
+def taken_of(
     reading: Callable[..., dict[str, Any]], name: str, asked: dict[str, Any], target: str | None
 ) -> dict[str, Any] | None:
-    """The reading of one checkpoint; those of all snapshots are shown here, and nothing is left."""
+    """The reading of one checkpoint; those of all snapshots are shown here, and nothing is left.
+
+    What is taken of a run stays in its folder, for its report.
+    """
+    from firstsight import evaluate
+
     spec, over_run = asked.pop("checkpoint"), asked.pop("snapshots")
     if not over_run:
-        return reading(spec, **asked)
-
-    from firstsight.evaluate import over_snapshots
-
-    results = over_snapshots(spec, name, lambda snapshot: reading(snapshot, **asked))
-    steps = [[str(one["step"]), f"{one['top1']:.2f}"] for one in results]
-    what = {"knn": "k-NN at its best k", "linear": "linear", "finetune": "fine-tuned"}[name]
-    table(f"{what} over the run, percent", ["step", "top-1"], steps)
+        return evaluate.kept(spec, name, lambda one: reading(one, **asked))
+    results = evaluate.over_snapshots(spec, name, lambda one: reading(one, **asked))
+    shown = [f for f in figures(name) if any(f.of(one) is not None for one in results)]
+    rows = [
+        [str(one["step"]), *("" if (v := f.of(one)) is None else f"{v:.2f}" for f in shown)]
+        for one in results
+    ]
     write_json(target, results)
+    table(f"{name} over the run", ["step", *(figure.said for figure in shown)], rows)
     return None
 
 

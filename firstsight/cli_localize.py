@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from firstsight import settings
+from firstsight.cli_judge import taken_of
 from firstsight.errors import UserError
 from firstsight.flags import parsed, taken
 from firstsight.localize import commands
@@ -19,34 +19,20 @@ def localize(args: list[str]) -> None:
 
     from firstsight.localize import run
 
-    if asked["snapshots"]:
-        _localize_snapshots(run, asked, target)
+    def read(checkpoint: str, **how: Any) -> dict[str, Any]:
+        result = run(checkpoint, **how)
+        if over_run and "corloc" not in result:
+            raise UserError("--snapshots draws a curve of scores; --boxes says what is marked")
+        return result
+
+    over_run = asked["snapshots"]
+    if (result := taken_of(read, "localize", asked, target)) is None:
         return
-    result = run(**asked)
     write_json(target, result)
     if "corloc" in result:
         of = f"{result['images']} images of {asked['data']}"
         table(f"CorLoc of {of}, percent", commands.COLUMNS, commands.score_rows(result))
     _told(result, f"{result['images']} images, nothing to score by; --boxes says what is marked")
-
-
-def _localize_snapshots(
-    run: Callable[..., dict[str, Any]], asked: dict[str, Any], target: str | None
-) -> None:
-    from firstsight.evaluate import over_snapshots
-
-    spec, asked["snapshots"] = asked.pop("checkpoint"), False
-
-    def read(snapshot: str) -> dict[str, Any]:
-        result = run(snapshot, **asked)
-        if "corloc" not in result:
-            raise UserError("--snapshots draws a curve of scores; --boxes says what is marked")
-        return result
-
-    results = over_snapshots(spec, "localize", read)
-    rows = [[str(one["step"]), f"{one['corloc']['0.5']:.1f}"] for one in results]
-    table("CorLoc .5 over the run, percent", ["step", asked["reading"]], rows)
-    write_json(target, results)
 
 
 def masks(args: list[str]) -> None:

@@ -162,12 +162,15 @@ def _is_channels_last(backbone: Backbone) -> bool:
     )
 
 
-def refuse_unusable(train: Tensor, *others: Tensor) -> None:
-    """Raise `UserError` where features are not numbers; say where those of `train` are all one."""
-    if not all(bool(values.isfinite().all()) for values in (train, *others)):
+def refuse_unusable(values: Tensor, *others: Tensor) -> None:
+    """Raise `UserError` where features are not numbers; say where all of `values` are the same."""
+    if not all(bool(part.isfinite().all()) for part in (values, *others)):
         raise UserError("some features are not numbers: take an earlier checkpoint or snapshot")
-    if len(train) and (train == train[0]).all():
-        say("all training images have the same features: the backbone has collapsed")
+    if len(values) < 2:
+        return
+    apart, largest = (values - values[0]).abs().max(), values.abs().max()
+    if apart <= 1e-5 * largest:  # in batches of another length the last bits differ
+        say("all images have the same features: the backbone has collapsed")
 
 
 def subset(source: Source, count: int, seed: int) -> NDArray[np.int64]:

@@ -48,11 +48,65 @@ def test_collapse_is_told_by_the_spread_or_by_guessing(tmp_path):
 
 def test_an_earlier_snapshot_is_advised_only_beyond_chance(tmp_path):
     better = run_of(tmp_path / "a", readings=[(20, 50.0), (60, 64.0), (100, 58.0)])
-    assert checkpoint(better).startswith("The snapshot of step 60: its knn is 64.0 %")
+    assert checkpoint(better).startswith("The snapshot of step 60: k-NN at its best k is 64.0 %")
     assert "flatters" in checkpoint(better)
     alike = run_of(tmp_path / "b", readings=[(20, 50.0), (60, 59.0), (100, 58.0)])
     assert checkpoint(alike).startswith("The last: none of 3 snapshots")
     assert "--snapshots" in checkpoint(run_of(tmp_path / "c"))
+
+
+def test_readings_of_snapshots_answer_where_nothing_was_read_beside_the_run(tmp_path):
+    """Each by its own number of test images: two standard errors of 600 are 4 points, of 60 13."""
+
+    def run(name, points, images):
+        folder = make_run(tmp_path / f"{name}-{images}", [{"step": 100, "loss": 1.0}], False)
+        results = [
+            {
+                "step": step,
+                "top1": top1,
+                "images": {"test": images},
+                "protocol": {"test": "val"} if images == 600 else {},
+            }
+            for step, top1 in points
+        ]
+        (folder / "readings").mkdir()
+        (folder / "readings" / f"{name}.json").write_text(json.dumps(results))
+        return read_runs([folder])[0]
+
+    points = [(10, 30.0), (50, 48.0), (100, 40.0)]
+    many, few = run("linear", points, 600), run("linear", points, 60)
+    assert learning(many) == "Yes: linear by evaluate on val went from 30.0 % at step 10 to 40.0 %."
+    assert learning(few).startswith("Not visibly") and "12.6 points" in learning(few)
+    assert checkpoint(many).startswith(
+        "The snapshot of step 50: linear by evaluate on val is 48.0 %"
+    )
+    assert checkpoint(few).startswith("The last: none of 3 snapshots")
+    # telling images apart is what was trained: that no label judges, so it answers nothing
+    pretext = [{"step": step, "d-sd": {"1": 9.0 * step}} for step in (1, 5, 10)]
+    folder = tmp_path / "linear-600"
+    (folder / "readings" / "linear.json").unlink()
+    (folder / "readings" / "instance.json").write_text(json.dumps(pretext))
+    assert learning(read_runs([folder])[0]).startswith("Not measured")
+    assert checkpoint(read_runs([folder])[0]).startswith("The last, for want")
+
+
+def test_diagnose_answers_without_labels(tmp_path):
+    folder = make_run(tmp_path / "run", [{"step": 100, "loss": 1.0}], finished=False)
+    (folder / "readings" / "last").mkdir(parents=True)
+    health = {"collapse": "none", "effective_rank": 31.25, "spectrum": [1.0] * 64}
+
+    def over(*ranks):
+        results = [{**health, "step": 10 * i, "effective_rank": r} for i, r in enumerate(ranks)]
+        (folder / "readings" / "diagnose.json").write_text(json.dumps(results))
+        return read_runs([folder])[0]
+
+    run = over(10.0, 40.0, 31.25)
+    assert collapsed(run).startswith("No: images differ, in about 31.2 of 64 dimensions, as")
+    assert checkpoint(run).startswith("Perhaps the snapshot of step 10: its effective rank is 40")
+    assert checkpoint(over(10.0, 34.0, 31.25)).startswith("The last: no snapshot has a clearly")
+    said = {**health, "collapse": "complete: all images look alike (spread 0.001)", "step": 90}
+    (folder / "readings" / "last" / "diagnose.json").write_text(json.dumps(said))
+    assert collapsed(over(10.0, 12.0)).startswith("Yes, complete: all images look alike")
 
 
 def test_the_page_answers_for_each_run(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix, jaccard_score
 
-from firstsight.evaluate import knn, linear
+from firstsight.evaluate import finetune, knn, linear
 from firstsight.metrics import class_ious, confused, confusion, worst_classes
 from tests.tiny import NETWORK
 
@@ -47,10 +47,11 @@ def test_the_worst_classes_come_first_with_what_they_are_taken_for():
     assert "confusion" not in confused(torch.zeros(101, 101), ())
 
 
-@pytest.mark.parametrize("reading", [knn, linear])
+@pytest.mark.parametrize("reading", [knn, linear, finetune])
 def test_the_result_of_a_reading_has_its_confusion(reading):
     """Its diagonal is the accuracy; its rows are the images of each class."""
     more = {"k": [5, 9]} if reading is knn else {"epochs": 2}
+    more |= {"batch_size": 40} if reading is finetune else {}
     sources = {"train": "scenes:train@40", "test": "scenes:test@30"}
     result = reading(f"random:{NETWORK}", **sources, size=32, device="cpu", **more)
     table = torch.tensor(result["confusion"]["table"])

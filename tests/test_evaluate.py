@@ -1,14 +1,16 @@
 """evaluate knn on a run: the layer that was asked for, read as the protocol says."""
 
-import importlib
+import sys
 
 import pytest
 import torch
 from PIL import Image
 
-from firstsight import load_backbone, methods, run
+from firstsight import diagnose, distributed, load_backbone, methods, pairs, run
 from firstsight.errors import UserError
-from firstsight.evaluate import finetune, knn, linear
+from firstsight.evaluate import dense, finetune, instance, knn, linear
+from firstsight.evaluate.knn import Search
+from firstsight.evaluate.repeated import repeated_files
 from firstsight.features import Reader, extract
 from firstsight.metrics import knn_predict
 from firstsight.sources import open_source
@@ -110,6 +112,39 @@ def test_the_chosen_k_is_that_of_the_training_images_left_out_in_turn():
     assert result["best"]["chosen_on"] == "the test images"
 
 
+def the_search(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows, queries = (torch.randn(n, 6, generator=generator).double() for n in (90, 31))
+    search = Search(rows, torch.arange(90) % 4, 4, [1, 7], "softmax", 0.1, "cosine")
+    return search, queries
+
+
+def _ask(rank):
+    distributed.start("cpu", 1)
+    search, queries = the_search()
+    found = search(queries), search(search.rows[:5], torch.arange(5)), search(queries[:1])
+    asked = {"train": "scenes:train@8", "test": "scenes:test@7", "k": [3], "size": 32}
+    whole = knn(f"random:{NETWORK}", device="cpu", threads=1, **asked)
+    distributed.stop()
+    return found, whole["confusion"]
+
+
+def test_ranks_share_the_queries_and_all_have_the_whole_answer(on_ranks):
+    """The published workers each ask for all rows in an order of their own, and hope it is one."""
+    search, queries = the_search()
+    for k in search.ks:
+        by_hand = knn_predict(search.rows, search.labels, queries, k, temperature=0.1)
+        assert search(queries)[0][k][:, 0].tolist() == by_hand.tolist()
+    alone = search(queries), search(search.rows[:5], torch.arange(5)), search(queries[:1])
+    assert (alone[1][1] != torch.arange(5)).all()
+    (_, table), (_, same) = ranks = on_ranks(_ask)
+    assert table == same and sum(map(sum, table["table"])) == 7
+    for answers, _ in ranks:
+        for (voted, near), (other, others) in zip(alone, answers, strict=True):
+            assert near.tolist() == others.tolist()
+            assert all(voted[k].tolist() == other[k].tolist() for k in search.ks)
+
+
 def test_test_images_that_are_training_images_are_counted(tmp_path, capsys):
     for folder, start in (("train", 0), ("test", 6)):
         for i in range(start, start + 8):  # two of them are in both, under other names
@@ -119,11 +154,20 @@ def test_test_images_that_are_training_images_are_counted(tmp_path, capsys):
             Image.fromarray(pixels).save(place / f"{folder}-{i}.png")
     train, test = str(tmp_path / "train"), str(tmp_path / "test")
     asked = {"train": train, "test": test, "size": 32, "device": "cpu"}
-    for reading, more in ((knn, {}), (linear, {"epochs": 1})):
-        result = reading("random:resnet18", **asked, **more)
+    on_crops = {"epochs": 1, "protocol": "moco", "batch_size": 8}
+    few = {"epochs": 1, "batch_size": 8}
+    for reading, more in ((knn, {}), (linear, {"epochs": 1}), (linear, on_crops), (finetune, few)):
+        result = reading(f"random:{NETWORK}", **asked, **more)
         assert result["repeated"] == 2
         assert "2 test images (25.0 %) are training images too" in capsys.readouterr().err
-    assert result["images"] == {"train": 8, "test": 8}
+        assert result["images"] == {"train": 8, "test": 8}
+    learnt = [i for i in range(8) if i not in (6, 7)]  # only what is learnt from counts
+    source, again = open_source(train), open_source(train)
+    assert repeated_files(source, learnt, again) == 6
+    assert repeated_files(open_source("scenes:test@9"), range(9), again) == 0
+    scenes = open_source("scenes:test@9")  # no files: pixel by pixel
+    assert repeated_files(scenes, range(3, 9), open_source("scenes:test@7")) == 4
+    assert repeated_files(scenes, range(9), open_source("scenes:train@9")) == 0
 
 
 def test_both_spellings_of_shift_norm_and_what_it_depends_on_is_said():
@@ -177,17 +221,38 @@ def broken(value):
     return instead
 
 
-@pytest.mark.parametrize("reading", [knn, linear])
-def test_features_that_say_nothing_are_named(reading, monkeypatch, capsys):
+def whole(value):
+    """`_maps` of nothing but a value."""
+    return lambda backbone, pixels, reader, stage: torch.full((len(pixels), 8, 3, 3), value)
+
+
+SOURCES = {"train": "scenes:train@20", "test": "scenes:test@20"}
+EVERY = {
+    "knn": (knn, SOURCES),
+    "linear": (linear, SOURCES | {"epochs": 1}),
+    "linear on crops": (linear, SOURCES | {"epochs": 1, "protocol": "moco", "batch_size": 20}),
+    "finetune": (finetune, SOURCES | {"epochs": 1, "batch_size": 20}),
+    "dense": (dense, SOURCES | {"epochs": 1}),
+    "instance": (instance, {"data": "scenes:test@8"}),
+    "diagnose": (diagnose.run, {"data": "scenes:test@8"}),
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_features_that_say_nothing_are_named(name, monkeypatch, capsys):
     """NaN is refused; where all images look alike it is called a collapse, and figures follow."""
-    asked = {"train": "scenes:train@20", "test": "scenes:test@20", "size": 32, "device": "cpu"}
-    module = importlib.import_module(f"firstsight.evaluate.{reading.__name__}")
-    monkeypatch.setattr(module, "extract", broken(float("nan")))
+    reading, asked = EVERY[name]
+    asked = {"size": 32, "device": "cpu", **asked}
+    module = pairs if name in ("instance", "diagnose") else sys.modules[reading.__module__]
+    extracting, instead = ("_maps", whole) if name == "dense" else ("extract", broken)
+    monkeypatch.setattr(module, extracting, instead(float("nan")))
     with pytest.raises(UserError, match="not numbers: take an earlier checkpoint"):
         reading(f"random:{NETWORK}", **asked)
-    monkeypatch.setattr(module, "extract", broken(0.25))
-    more = {"epochs": 1} if reading is linear else {}
-    result = reading(f"random:{NETWORK}", **asked, **more)
+    monkeypatch.setattr(module, extracting, instead(0.25))
+    result = reading(f"random:{NETWORK}", **asked)
     assert "the backbone has collapsed" in capsys.readouterr().err
-    top1 = result["top1"] if reading is linear else result["best"]["top1"]
-    assert top1 == 10  # one class for all, ten of them
+    if name == "diagnose":
+        assert result["collapse"].startswith("complete: all images look alike")
+    elif name not in ("instance", "dense"):
+        top1 = result["best"]["top1"] if name == "knn" else result["top1"]
+        assert top1 == 10  # one class for all, ten of them

@@ -134,6 +134,15 @@ def test_the_command_says_what_it_did(tmp_path):
     assert result["best_chosen_on"] == "the test images" and "mean_per_class" in result
 
 
+def test_training_that_runs_wild_is_said(capsys):
+    """Its loss is finite, its accuracy that of guessing: silence would look like a bad backbone."""
+    asked = ASKED | {"labels": "4", "epochs": 2, "batch_size": 10, "threads": 1}
+    finetune(f"random:{NETWORK}", **asked, head_lr=1e3, lr=1e-6)
+    assert "where guessing has 2.3: training ran wild" in capsys.readouterr().err
+    finetune(f"random:{NETWORK}", **asked, head_lr=1e-6, lr=1e-6)
+    assert "ran wild" not in capsys.readouterr().err
+
+
 class Colours(Patches):
     """Noise with a cast of its class's own."""
 

@@ -104,6 +104,16 @@ def test_published_distractors_are_no_positives_of_others():
     assert before[0] == after[0] and before[2] == after[2]
 
 
+def test_each_image_weighs_the_same_however_many_are_of_its_class():
+    """The published mean over blocks of a class lets the last image count as much as four."""
+    _, sd, sd2 = published()
+    ranks = instance_ranks(sd[:5], sd2[:5])
+    right = (ranks < 1).double()
+    theirs = 100 * float(torch.stack([right[:4].mean(), right[4:].mean()]).mean())
+    assert instance_accuracy(sd[:5], sd2[:5])[1] == pytest.approx(100 * float(right.mean()))
+    assert theirs != pytest.approx(100 * float(right.mean()))
+
+
 def test_blocks_change_nothing(monkeypatch):
     x = cloud(50, 6)
     whole = uniformity(x)

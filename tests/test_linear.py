@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from firstsight import cli, distributed
+from firstsight import cli, distributed, load_backbone
 from firstsight.errors import UserError
 from firstsight.evaluate import linear
+from firstsight.evaluate.drifting import Drifting
 from firstsight.evaluate.linear import (
     _choice,
     best_of,
@@ -23,10 +24,11 @@ from firstsight.evaluate.linear import (
     untouched,
 )
 from firstsight.evaluate.protocols import PROTOCOLS, Protocol, overridden
-from firstsight.features import Seen
+from firstsight.features import Reader, Seen, extract, pooled
 from firstsight.heads import Heads
 from firstsight.metrics import places
 from firstsight.sources.base import class_count
+from firstsight.views.apply import eval_view
 from tests.tiny import NETWORK, Patches
 
 
@@ -197,6 +199,9 @@ def test_protocols_have_the_published_numbers():
     assert said("scrl") == ((3.2,), (0.0,), 0.9, True, 4096, 80, "cosine")
     assert said("swav") == ((0.3,), (1e-6,), 0.9, False, 256, 100, "cosine")
     assert said("dino") == ((0.004,), (0.0,), 0.9, False, 1024, 100, "cosine")
+    assert said("simclr") == ((1.6,), (1e-6,), 0.9, True, 4096, 90, "cosine")
+    assert said("simsiam") == ((1.6,), (0.0,), 0.9, False, 4096, 90, "cosine")
+    assert said("vicreg") == ((0.02,), (1e-6,), 0.9, False, 256, 100, "cosine")
     assert len(PROTOCOLS["cached"].settings) == 12
     assert [PROTOCOLS[n].warmup_epochs for n in ("pic", "scrl", "moco")] == [5, 5, 0]
     moco = [PROTOCOLS["moco"].rate(step, 10) for step in (0, 599, 600, 799, 800, 999)]
@@ -204,7 +209,7 @@ def test_protocols_have_the_published_numbers():
     dino = [PROTOCOLS["dino"].rate(step, 10) for step in (0, 9, 10, 509)]
     cosine = [0.5 * (1 + math.cos(math.pi * epoch / 100)) for epoch in (0, 0, 1, 50)]
     assert dino == pytest.approx(cosine)
-    assert [n for n, how in PROTOCOLS.items() if how.optimizer == "lars"] == ["scrl"]
+    assert [n for n, how in PROTOCOLS.items() if how.optimizer == "lars"] == ["scrl", "simsiam"]
     scrl = [PROTOCOLS["scrl"].rate(step, 10) for step in (0, 25, 50, 425)]
     assert scrl == pytest.approx([0, 0.5, 1, 0.5])
 
@@ -292,6 +297,47 @@ def test_a_backbone_that_changes_is_a_bug_said_aloud():
         module.eval()(torch.randn(2, 3, 4, 4))
     with pytest.raises(RuntimeError, match="running_mean"), untouched(module):
         module.train()(torch.randn(2, 3, 4, 4))
+
+
+class Marked(Patches):
+    """Patches whose brightness is far from what running statistics expect."""
+
+    def pixels(self, index):
+        return super().pixels(index) // 4 + 180
+
+
+def test_published_batch_norm_makes_another_network_of_the_backbone():
+    """PIC's code: a feature depends on its batch, and the tested network is not the one given."""
+    backbone, reader, source = load_backbone(NETWORK_SPEC), Reader(size=32), Marked(12)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    ours = extract(backbone, source, reader).values
+    net = Drifting(backbone)
+    tested = net.tested(source, reader, torch.arange(12))
+    torch.testing.assert_close(tested()[0], ours)
+    chunk = np.stack([eval_view(source.pixels(i), 32) for i in range(12)])
+    pictures = torch.from_numpy(chunk).permute(0, 3, 1, 2)
+    whole, half = pooled(net, pictures, reader), pooled(net, pictures[:6], reader)
+    assert (whole[:6] - half).norm() > 0.1 * half.norm()  # of the same images
+    rest = [pooled(backbone, part, reader) for part in (pictures, pictures[:6])]
+    torch.testing.assert_close(rest[0][:6], rest[1], atol=1e-5, rtol=1e-4)
+    later, labels = tested()
+    assert (later - ours).norm() > 0.1 * ours.norm() and labels.tolist() == list(range(12))
+    torch.testing.assert_close(tested()[0], later)  # testing moves nothing
+    assert all(tensor.equal(before[name]) for name, tensor in backbone.state_dict().items())
+    weights = zip(net.network.parameters(), backbone.parameters(), strict=True)
+    assert all(ours.equal(given) for ours, given in weights)
+
+
+def test_the_switch_is_off_unless_asked_for():
+    asked = {**SOURCES, "size": 32, "device": "cpu", "threads": 1, "epochs": 1, "batch_size": 32}
+    results = [
+        linear(NETWORK_SPEC, protocol="pic", **asked, batch_norm=how)
+        for how in (None, "rest", "batch")
+    ]
+    assert [one["protocol"]["batch_norm"] for one in results] == ["rest", "rest", "batch"]
+    assert results[0]["confusion"] == results[1]["confusion"] != results[2]["confusion"]
+    with pytest.raises(UserError, match="--batch-norm batch needs crops"):
+        linear(NETWORK_SPEC, **asked, batch_norm="batch")
 
 
 def test_on_crops_it_learns_what_the_features_hold(tmp_path):

@@ -97,6 +97,8 @@ def test_every_mode_reads_its_own_views_and_all_is_their_mean(static):
     assert set(
         instance("random:resnet18", data=str(static / "moco"), dataset_mode="all", **CPU)["modes"]
     ) == {"normal"}
+    with pytest.raises(UserError, match=r"--topk 12 of 12 images .* use --topk 11"):
+        instance("random:resnet18", **(asked | {"topk": 12}))
     for mode in ("all", "g-mask"):
         with pytest.raises(UserError, match="static views"):
             instance("random:resnet18", data="scenes:test@9", dataset_mode=mode, **CPU)

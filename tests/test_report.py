@@ -228,6 +228,75 @@ def test_the_worst_classes_of_the_last_snapshot_are_shown(tmp_path: Path) -> Non
     assert "Confusion of knn" in said and "88%, transparent" in text  # 7 of 8
 
 
+def keep(run: Path, name: str, **result: Any) -> None:
+    folder = run / "readings" / "last"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({"protocol": {}, "step": 100, **result}))
+
+
+def test_readings_of_runs_stand_in_one_table_and_against_each_other(tmp_path: Path) -> None:
+    """Those of training and those taken since; what was read differently is marked."""
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    for run, top1, rank in zip(runs, (51.5, 62.25), (20.5, 33.75), strict=True):
+        keep(run, "linear", top1=top1, sweep=[1, 2], protocol={"checkpoint": str(run)})
+        keep(run, "diagnose", effective_rank=rank, uniformity={"d": -2.5}, alignment={"d-sd": 0.5})
+    keep(runs[0], "dense", linear={"mean_iou": 12.25}, protocol={"checkpoint": "a"})
+    text, page = report(*runs)
+    table = text[text.index("<caption>All readings") : text.index("</table>", text.index("All r"))]
+    rows = re.findall(r'<th scope="row">([^<]*).*?</th>(.*?)</tr>', table)
+    found = {name: re.findall(r"<td[^>]*>([^<]*)", cells) for name, cells in rows}
+    assert found["linear by evaluate"] == ["51.5", "62.2"] and found["k-NN"] == ["58.8", "58.8"]
+    assert found["effective rank"] == ["20.5", "33.8"]
+    assert found["mean IoU of cells, linear"] == ["12.2", "\N{EN DASH}"]
+    assert "differs" not in table
+    assert "a, k-NN percent 59: 51.5" in text and "b, k-NN percent 59: 62.2" in text
+    assert "Effective rank against k-NN" in text and "IoU of cells, linear against" not in text
+    assert "All of diagnose" in words(page)
+    keep(runs[1], "linear", top1=62.25, protocol={"checkpoint": str(runs[1]), "epochs": 5})
+    assert re.search(r"linear by evaluate <span class=.mark.>differs", report(*runs)[0])
+    alone, _ = report(runs[0])
+    assert '<th scope="row">linear by evaluate</th>' in alone and "against k-NN" not in alone
+    assert "All readings" not in report(make_run(tmp_path / "c"))[0]
+
+
+def test_readings_of_snapshots_compare_by_the_clock(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    for run, scale in zip(runs, (1, 2), strict=True):
+        (run / "readings").mkdir()
+        ranks = [{"step": s, "effective_rank": scale * s / 10} for s in (50, 100)]
+        (run / "readings" / "diagnose.json").write_text(json.dumps(ranks))
+    text, _ = report(*runs)
+    assert "<h3>Effective rank by the clock</h3>" in text and "b, second 5: 20.0" in text
+    assert "Effective rank by the clock" not in report(runs[0])[0]
+
+
+def test_the_newest_reading_counts_wherever_it_lies(tmp_path: Path) -> None:
+    """Of the run itself, unless snapshots were read later; of equal steps that of the run."""
+    run = make_run(tmp_path / "run")
+    keep(run, "linear", step=100, top1=51.5)
+    shown = '<th scope="row">linear by evaluate</th><td class="n">'
+    for step, top1, expected in ((90, 40.25, "51.5"), (100, 40.25, "51.5"), (110, 40.25, "40.2")):
+        over = [{"step": step, "top1": top1}]
+        (run / "readings" / "linear.json").write_text(json.dumps(over))
+        assert shown + expected in report(run)[0]
+    (run / "readings" / "last" / "linear.json").write_text("{}")
+    with pytest.raises(UserError, match=r"last/linear.json is damaged \(no step"):
+        report(run)
+
+
+def test_the_worst_classes_of_a_plain_reading_are_shown_of_each_run(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    worst = {"class": "cat", "images": 8, "top1": 12.5, "taken_for": "dog", "times": 7}
+    for run in runs:
+        table = {"classes": ["cat", "dog"], "table": [[1, 7], [0, 8]]}
+        keep(run, "finetune", top1=55.0, worst_classes=[worst], confusion=table)
+    said = words(report(*runs)[1])
+    for name in ("a", "b"):
+        assert f"Classes found least often, {name}, finetune at step 100" in said
+        assert f"Confusion of {name}, finetune" in said
+    assert "Classes found least often, finetune at step 100" in words(report(runs[0])[1])
+
+
 def test_runs_read_by_different_protocols_are_not_compared_silently(tmp_path: Path) -> None:
     first = make_run(tmp_path / "first")
     knn = {"untrained": 1.0, "trained": 2.0, "protocol": {**PROTOCOL, "k": 200}}

@@ -24,10 +24,12 @@ from firstsight.backbones import Backbone
 from firstsight.errors import UserError, require_positive, require_share, unknown
 from firstsight.evaluate.linear import crops, refuse_uneven
 from firstsight.evaluate.opened import opened
-from firstsight.features import Reader, extract
+from firstsight.evaluate.repeated import repeated_files
+from firstsight.features import Reader, extract, refuse_unusable
 from firstsight.heads import Heads, prepared
 from firstsight.loader import Steps, batches, normalised
-from firstsight.log import Meter
+from firstsight.log import Meter, say
+from firstsight.metrics import confused, confusion
 from firstsight.nets import cast_to
 from firstsight.optim import cosine
 from firstsight.order import Epochs
@@ -130,8 +132,9 @@ def finetune(
 
     `labels` is how many of each class to learn from: a share ("1%") or a number ("13"), drawn by
     `seed`. `protocol` names where all numbers start (`TUNINGS`); what is given wins, and drops move
-    with the epochs. The test images are read every `test_every` epochs and after the last. Raises
-    `UserError` where labels are missing.
+    with the epochs. The test images are read every `test_every` epochs and after the last; those
+    that were learnt from are counted in `repeated`. Raises `UserError` where labels are missing, or
+    the backbone's features are not numbers.
     """
     began = time.perf_counter()
     given = {
@@ -162,9 +165,13 @@ def finetune(
         device=device,
         threads=threads,
     )
-    part = Part(source, chosen(own, labels, seed))
+    learnt = chosen(own, labels, seed)
+    part = Part(source, learnt)
     how = dataclasses.replace(how, batch_size=min(how.batch_size, _whole(len(part))))
     refuse_uneven(how.batch_size)
+    some = np.arange(min(len(part), reader.batch_size))
+    refuse_unusable(extract(backbone, part, reader, some).values)
+    again = repeated_files(source, learnt, asked)
     heads = Heads(
         1, backbone.width, classes, seed=seed, prepare=prepared(Tensor(), how.representation)
     )
@@ -178,7 +185,15 @@ def finetune(
     last = curve[-1]
     if not math.isfinite(last["loss"]):
         raise UserError(f"training diverged at a learning rate of {how.lr:g}; use a lower --lr")
+    guessing = math.log(classes)
+    if last["loss"] > 2 * guessing:
+        say(
+            f"in the end the loss is {last['loss']:.3g}, where guessing has {guessing:.3g}: "
+            "training ran wild; try a lower --lr or --head-lr"
+        )
     best = max(curve, key=lambda one: one["top1"])
+    found = heads.predicted(queries.values)[:, 0]
+    table = confusion(queries.labels(asked_labels), found, classes)
     lost = len(set[str]().union(*distributed.collect(bad)))
     return {
         "protocol": {
@@ -199,8 +214,10 @@ def finetune(
         "best_epoch": best["epoch"],
         "best_chosen_on": "the test images",
         "curve": [{"epoch": one["epoch"], "top1": one["top1"]} for one in curve],
+        **confused(table, source.classes),
         "images": {"train": len(part) - lost, "test": len(queries.values)},
         "unreadable": {"train": lost, "test": queries.unreadable},
+        "repeated": again,
         "seconds": round(time.perf_counter() - began, 1),
     }
 

@@ -68,6 +68,11 @@ def instance(
         refuse_unusable(seen.original, seen.first, seen.second)
         figures[mode] = accuracies(seen, range(1, topk + 1), distractors)
     assert seen is not None
+    if topk >= len(seen.original):
+        raise UserError(
+            f"--topk {topk} of {len(seen.original)} images finds every view; "
+            f"use --topk {len(seen.original) - 1} or fewer"
+        )
     return {
         "protocol": {
             "checkpoint": checkpoint_spec,

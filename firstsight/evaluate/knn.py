@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +27,6 @@ from firstsight.metrics import (
     first_five,
     nearest,
     represented,
-    voted_accuracy,
 )
 from firstsight.sources import fetch, open_source
 from firstsight.sources.base import class_count, common_labels
@@ -91,16 +91,14 @@ def knn(
     if representation is not None:
         space = "shift-norm" if representation == "shifted-norm" else representation
     rows, query_rows = represented(bank.values, queries.values, space, shift_batch, seed)
-    voting = (ks, weighting, temperature, metric)
-    first: list[tuple[Tensor, Tensor]] = []
-    found = _kept(nearest(rows, query_rows, ks[-1], metric), first)
     truth, classes = queries.labels(asked_labels), class_count(source)
-    voted = first_five(found, bank.labels(labels), classes, *voting)
+    search = Search(rows, bank.labels(labels), classes, ks, weighting, temperature, metric)
+    voted, near = search(query_rows)
     figures = {one: accuracies(voted[one], truth) for one in ks}
     best = max(ks, key=lambda one: figures[one]["top1"])
     chosen = {}
     if choose_k:
-        among = _cross_validated(rows, bank.labels(labels), *voting, seed)
+        among = _cross_validated(search, seed)
         chosen_k = max(ks, key=lambda one: among[one]["top1"])
         chosen["chosen"] = {
             "k": chosen_k,
@@ -130,7 +128,7 @@ def knn(
         **confused(confusion(truth, voted[best][:, 0], classes), source.classes),
         "images": {"train": len(bank.values), "test": len(queries.values)},
         "unreadable": {"train": bank.unreadable, "test": queries.unreadable},
-        "repeated": repeated(source, asked, bank, queries, torch.cat([i for _, i in first])),
+        "repeated": repeated(source, asked, bank, queries, near),
         "seconds": round(time.perf_counter() - began, 1),
     }
 
@@ -152,26 +150,60 @@ def _fitting(ks: Sequence[int], most: int) -> list[int]:
     return fitting
 
 
-def _kept(
-    found: Iterable[tuple[Tensor, Tensor]], first: list[tuple[Tensor, Tensor]]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """What is found, the nearest of each row noted in `first` on the way."""
-    for closeness, index in found:
-        first.append((closeness[:, 0], index[:, 0]))
-        yield closeness, index
+@dataclass(frozen=True)
+class Search:
+    """The bank of a k-NN reading, and how it is asked."""
+
+    rows: Tensor
+    """(N, C)."""
+    labels: Tensor
+    """(N,)."""
+    classes: int
+    ks: list[int]
+    """Rising."""
+    weighting: Weighting
+    temperature: float
+    metric: Metric
+
+    def __call__(
+        self, queries: Tensor, own: Tensor | None = None
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """For each k the five classes (M, 5) that are voted first, and the nearest row (M,).
+
+        Each rank asks for its share of `queries` (M, C), on its own device, and all of them get the
+        whole answer. `own` (M,) are rows that each must not find.
+        """
+        rank, world, count = distributed.rank(), distributed.world(), len(queries)
+        mine = slice(count * rank // world, count * (rank + 1) // world)
+        found = self._asked(queries[mine], None if own is None else own[mine])
+        parts = [part for part in distributed.collect(found) if len(part[1])]
+        every = {k: torch.cat([voted[k] for voted, _ in parts]) for k in self.ks}
+        return every, torch.cat([near for _, near in parts])
+
+    def _asked(self, queries: Tensor, own: Tensor | None) -> tuple[dict[int, Tensor], Tensor]:
+        """The answer for these rows, on the CPU."""
+        if not len(queries):  # more ranks than rows
+            return {}, torch.empty(0, dtype=torch.long)
+        device = distributed.device()
+        device = device if device.type == "cuda" else torch.device("cpu")  # mps has no float64
+        rows, asked = self.rows.to(device), queries.to(device)
+        left_out = None if own is None else own.to(device)
+        first: list[Tensor] = []
+
+        def noted() -> Iterator[tuple[Tensor, Tensor]]:
+            for closeness, index in nearest(rows, asked, self.ks[-1], self.metric, left_out):
+                first.append(index[:, 0])
+                yield closeness, index
+
+        voting = (self.classes, self.ks, self.weighting, self.temperature, self.metric)
+        voted = first_five(noted(), self.labels.to(device), *voting)
+        return {k: best.cpu() for k, best in voted.items()}, torch.cat(first).cpu()
 
 
-def _cross_validated(
-    rows: Tensor,
-    labels: Tensor,
-    ks: list[int],
-    weighting: Weighting,
-    temperature: float,
-    metric: Metric,
-    seed: int,
-) -> dict[int, dict[str, float]]:
+def _cross_validated(search: Search, seed: int) -> dict[int, dict[str, float]]:
     """Accuracy on training rows, each classified by all the others."""
-    random = np.random.default_rng(keyed.seed(seed, len(rows)))
-    own = torch.from_numpy(np.sort(random.permutation(len(rows))[:CROSS_VALIDATED]))
-    found = nearest(rows, rows[own], ks[-1], metric, own=own)
-    return voted_accuracy(found, labels, labels[own], ks, weighting, temperature, metric)
+    count = len(search.rows)
+    random = np.random.default_rng(keyed.seed(seed, count))
+    own = torch.from_numpy(np.sort(random.permutation(count)[:CROSS_VALIDATED]))
+    voted, _ = search(search.rows[own], own)
+    return {k: accuracies(voted[k], search.labels[own]) for k in search.ks}

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from firstsight import distributed, keyed
 from firstsight.backbones import Backbone
 from firstsight.errors import UserError
+from firstsight.evaluate.drifting import Drifting, Tested, still
 from firstsight.evaluate.opened import opened
 from firstsight.evaluate.protocols import Protocol, Representation, overridden, stated
-from firstsight.evaluate.repeated import repeated
+from firstsight.evaluate.repeated import repeated, repeated_files
 from firstsight.features import Reader, Seen, extract, pooled, refuse_unusable
 from firstsight.heads import Descent, Heads, prepared
 from firstsight.loader import Steps, batches
@@ -60,6 +61,7 @@ def linear(
     drops: Sequence[float] = (),
     once_an_epoch: bool | None = None,
     init_std: float | None = None,
+    batch_norm: Literal["rest", "batch"] | None = None,
     representation: Representation | None = None,
     min_scale: float | None = None,
     interpolation: Interpolation | None = None,
@@ -75,8 +77,8 @@ def linear(
 
     `protocol` names where all numbers start (`PROTOCOLS`); what is given wins. Fewer `epochs`
     shorten the warm-up, and move the drops, with them. `size` 0 takes the side the backbone was
-    pretrained with. Test images that were learnt from, pixel for pixel, are counted in `repeated`
-    (with cached features). Raises `UserError` where labels are missing.
+    pretrained with. Test images that were learnt from are counted in `repeated`. Raises `UserError`
+    where labels are missing, or features are not numbers.
     """
     began = time.perf_counter()
     given = {
@@ -92,6 +94,7 @@ def linear(
         "drops": tuple(drops),
         "once_an_epoch": once_an_epoch,
         "init_std": init_std,
+        "batch_norm": batch_norm,
         "representation": representation,
         "min_scale": min_scale,
         "interpolation": interpolation,
@@ -113,13 +116,19 @@ def linear(
         queries = extract(backbone, asked, reader)
         test_rows = queries.values, queries.labels(asked_labels)
         if how.augment:
-            figures, bad = augmented(backbone, source, reader, classes, *test_rows, how, seed)
+            refuse_unusable(queries.values)
+            again = repeated_files(source, range(len(source)), asked)
+            net, tested = backbone, still(*test_rows)
+            if how.batch_norm == "batch":
+                net = Drifting(backbone)
+                tested = net.tested(asked, reader, test_rows[1])
+            figures, bad = augmented(net, source, reader, classes, tested, how, seed)
         else:
             bank = extract(backbone, source, reader)
             seen = Seen(bank.values, bank.labels(labels), *test_rows)
             figures, bad = cached(seen, classes, how, seed), bank.unreadable
             near = torch.cat([index for _, index in nearest(bank.values, queries.values, 1)])
-            figures["repeated"] = repeated(source, asked, bank, queries, near[:, 0])
+            again = repeated(source, asked, bank, queries, near[:, 0])
     table = confusion(test_rows[1], figures.pop("predicted"), classes)
     return {
         "protocol": {
@@ -134,6 +143,7 @@ def linear(
         **confused(table, source.classes),
         "images": {"train": len(source) - bad, "test": len(queries.values)},
         "unreadable": {"train": bad, "test": queries.unreadable},
+        "repeated": again,
         "seconds": round(time.perf_counter() - began, 1),
     }
 
@@ -172,7 +182,7 @@ def cached(seen: Seen, classes: int, how: Protocol, seed: int) -> dict[str, Any]
     heads = _heads(settings, seen.train.shape[1], classes, how, seed, prepare)
     rows = _rows(seen, every, how.batch_size, seed)
     steps = math.ceil(len(every) / how.batch_size)
-    return read(heads, settings, how, rows, steps, seen.test, seen.test_labels) | figures
+    return read(heads, settings, how, rows, steps, still(seen.test, seen.test_labels)) | figures
 
 
 def held_out(labels: Tensor, seed: int) -> Tensor:
@@ -247,8 +257,7 @@ def augmented(
     source: Source,
     reader: Reader,
     classes: int,
-    test: Tensor,
-    test_labels: Tensor,
+    tested: Tested,
     how: Protocol,
     seed: int,
 ) -> tuple[dict[str, Any], int]:
@@ -275,10 +284,9 @@ def augmented(
             # each rank trains the same head on the whole batch: there is no gradient to average
             yield distributed.gather(features), distributed.gather(labels)
 
-    prepare = prepared(test, how.representation)
-    heads = _heads(how.settings, test.shape[1], classes, how, seed, prepare)
-    steps = order.steps_per_epoch
-    figures = read(heads, how.settings, how, rows(), steps, test, test_labels)
+    prepare = prepared(torch.empty(0), how.representation)
+    heads = _heads(how.settings, backbone.width, classes, how, seed, prepare)
+    figures = read(heads, how.settings, how, rows(), order.steps_per_epoch, tested)
     return figures, len(set[str]().union(*distributed.collect(bad)))
 
 
@@ -344,18 +352,17 @@ def read(
     how: Protocol,
     rows: Iterator[tuple[Tensor, Tensor]],
     steps_an_epoch: int,
-    test: Tensor,
-    test_labels: Tensor,
+    tested: Tested,
 ) -> dict[str, Any]:
     """Train one head and read it on the test rows after every epoch; the last one counts.
 
     `predicted` (M,) are the classes that it then gives them.
     """
     (setting,) = settings
-    curve = [
-        heads.judged(test, test_labels)[0]
-        for _ in trained(heads, settings, how, rows, steps_an_epoch, "one setting")
-    ]
+    curve = []
+    for _ in trained(heads, settings, how, rows, steps_an_epoch, "one setting"):
+        test, labels = tested()
+        curve.append(heads.judged(test, labels)[0])
     if not math.isfinite(curve[-1]["loss"]):
         raise UserError(f"training diverged at a learning rate of {setting[0]:g}; use a lower --lr")
     best = max(range(len(curve)), key=lambda epoch: curve[epoch]["top1"])

@@ -51,6 +51,9 @@ class Protocol:
     """The learning rate changes between epochs only, not at every step."""
     init_std: float = 0.01
     """Standard deviation of the first weights, biases 0; 0: as torch draws a linear layer."""
+    batch_norm: Literal["rest", "batch"] = "rest"
+    """Batch-norm of the backbone while the head learns: by its running statistics, which rest; or
+    by those of each batch, towards which a copy's running statistics move, as PIC's code has it."""
     representation: Representation = "original"
     """Features as they are; of unit length; or each of mean 0 and deviation 1 over the training
     images."""
@@ -80,6 +83,8 @@ class Protocol:
                 "several settings are compared on cached features: use --protocol cached, "
                 "or one --lr and one --weight-decay"
             )
+        if self.batch_norm == "batch" and not self.augment:
+            raise UserError("--batch-norm batch needs crops; use --protocol pic, or leave it out")
         if self.augment and self.representation == "standard":
             raise UserError(
                 "--representation standard needs cached features; use original or norm, "
@@ -115,7 +120,8 @@ PROTOCOLS: dict[str, Protocol] = {
     # He et al. 2020, section 4.1 (https://arxiv.org/abs/1911.05722), and its code
     "moco": Protocol(lr=(30.0,), schedule="step"),
     # Cao et al. 2020 (https://arxiv.org/abs/2006.14618) and its code.
-    # differs from the paper: its code lets batch-norm run in training mode, here statistics rest.
+    # differs from the paper: its code lets batch-norm run in training mode (--batch-norm batch),
+    # here statistics rest; it tests on a random 49,920 of 50,000 images, here on all of them.
     "pic": Protocol(lr=(30.0,), warmup_epochs=5, init_std=0.0),
     # Grill et al. 2020, appendix C.1 (https://arxiv.org/abs/2006.07733)
     "byol": Protocol(
@@ -137,8 +143,23 @@ PROTOCOLS: dict[str, Protocol] = {
         init_std=0.0,
         interpolation="bicubic",
     ),
-    # Caron et al. 2020 (https://arxiv.org/abs/2006.09882) and its code
+    # Caron et al. 2020 (https://arxiv.org/abs/2006.09882) and its code; Barlow Twins has the same
     "swav": Protocol(lr=(0.3,), weight_decay=(1e-6,), once_an_epoch=True),
+    # Chen et al. 2020 (https://arxiv.org/abs/2002.05709) and its code
+    "simclr": Protocol(
+        base_lr=0.1,
+        weight_decay=(1e-6,),
+        nesterov=True,
+        batch_size=4096,
+        epochs=90,
+        interpolation="bicubic",
+    ),
+    # Chen and He 2021 (https://arxiv.org/abs/2011.10566) and its code
+    "simsiam": Protocol(
+        base_lr=0.1, optimizer="lars", batch_size=4096, epochs=90, once_an_epoch=True
+    ),
+    # Bardes et al. 2022 (https://arxiv.org/abs/2105.04906) and its README
+    "vicreg": Protocol(lr=(0.02,), weight_decay=(1e-6,), once_an_epoch=True),
     # Transfer as in ssl-small (Shi et al. 2022, https://arxiv.org/abs/2107.14762) and its scripts:
     # this is CIFAR-10's; its Caltech-101 has rate 2.
     # differs from the paper: its CIFAR test images are squeezed to 224, ours cut from 256.
@@ -176,6 +197,6 @@ def stated(name: str, how: Protocol) -> dict[str, Any]:
     """What the figures depend on by how the classifier is trained."""
     left_out = {"base_lr"}
     left_out |= {"drops"} if how.schedule == "cosine" else set()
-    left_out |= set() if how.augment else {"min_scale"}
+    left_out |= set() if how.augment else {"min_scale", "batch_norm"}
     numbers = {key: value for key, value in plain(how).items() if key not in left_out}
     return {"name": name, **numbers, "lr": list(how.peaks), "layer": "backbone"}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from hashlib import blake2b
+
 import numpy as np
 from torch import Tensor
 
+from firstsight import distributed
 from firstsight.features import Features
 from firstsight.log import say
 from firstsight.sources import Source, UnreadableImage
+from firstsight.sources.base import Encoded
 
 
 def repeated(
@@ -26,7 +31,40 @@ def repeated(
             count += np.array_equal(asked.pixels(here), source.pixels(there))
         except UnreadableImage:  # it could be read a moment ago
             continue
-    if count:
-        share = 100 * count / len(queries.values)
-        say(f"{count} test images ({share:.1f} %) are training images too: the figures flatter")
+    _warn(count, len(queries.values))
     return count
+
+
+def repeated_files(source: Source, learnt: Iterable[int], asked: Source) -> int:
+    """Test images that are among those of `source` at `learnt`; said if there are.
+
+    For readings that make no features to find them by: files are the same byte by byte, and images
+    that are no files on either side pixel by pixel.
+    """
+    as_files = isinstance(source, Encoded) and isinstance(asked, Encoded)
+    known = set(_digests(source, learnt, as_files))
+    count = sum(one in known for one in _digests(asked, range(len(asked)), as_files))
+    _warn(count, len(asked))
+    return count
+
+
+def _digests(source: Source, index: Iterable[int], as_files: bool) -> list[bytes]:
+    """Of the images that can be read; each rank reads its share of them."""
+    found = []
+    for i in list(index)[distributed.rank() :: distributed.world()]:
+        try:
+            if as_files and isinstance(source, Encoded):
+                found.append(blake2b(source.encoded(int(i)), digest_size=16).digest())
+            else:
+                pixels = np.ascontiguousarray(source.pixels(int(i)))
+                shape = str(pixels.shape).encode()
+                found.append(blake2b(pixels.tobytes() + shape, digest_size=16).digest())
+        except UnreadableImage:
+            continue
+    return [one for part in distributed.collect(found) for one in part]
+
+
+def _warn(count: int, images: int) -> None:
+    if count:
+        share = 100 * count / images
+        say(f"{count} test images ({share:.1f} %) are training images too: the figures flatter")

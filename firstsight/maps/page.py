@@ -82,7 +82,8 @@ def figure(drawn: dict[str, Any]) -> str:
     return (
         f'<figure><div class="map"><svg viewBox="0 0 {_SIDE} {_SIDE}" role="img" '
         f'aria-label="Map of {count} images and their views">{triangles}{"".join(dots)}</svg>\n'
-        '<div><img alt="The photograph under the pointer"><output></output>'
+        f'<div><img alt="The photograph under the pointer" src="{escape(drawn["thumbnails"][0])}">'
+        f"<output>{escape(drawn['names'][0])}</output>"
         '<label><input type="checkbox"> all triangles</label>'
         f"{_legend(drawn)}</div>\n"
         f'<script type="application/json">{_data(drawn["thumbnails"])}</script></div>\n'

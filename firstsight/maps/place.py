@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from firstsight import keyed
 from firstsight.errors import UserError
 from firstsight.pairs import Pairs
 from firstsight.sources.base import Source
@@ -94,22 +95,25 @@ def _umap(x: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
 def drawn(
     seen: Pairs, how: How, count: int, names: tuple[str, ...], seed: int = 0
 ) -> dict[str, Any]:
-    """A map of the first `count` images and their two views, as `page` shows it; JSON holds it.
+    """A map of `count` images and their two views, as `page` shows it; JSON holds it.
 
-    All three of an image are placed together, as ssl-small draws its triangles.
+    They are drawn by `seed`: the first ones of a folder would be of its first classes. All three of
+    an image are placed together, as ssl-small draws its triangles.
     """
     count = min(count, len(seen.original))
-    values = torch.cat([part[:count] for part in (seen.original, seen.first, seen.second)])
+    random = np.random.default_rng(keyed.seed(seed, count))
+    some = torch.from_numpy(np.sort(random.permutation(len(seen.original))[:count]))
+    values = torch.cat([part[some] for part in (seen.original, seen.first, seen.second)])
     points = placed(values, how, seed)
-    labels = None if seen.labels is None else seen.labels[:count].tolist()
-    positions = seen.positions[:count].T.flatten().tolist()
+    labels = None if seen.labels is None else seen.labels[some].tolist()
+    positions = seen.positions[some].T.flatten().tolist()
     return {
         "how": how,
         "images": count,
         "points": [[round(float(x), 4), round(float(y), 4)] for x, y in points],
         "labels": labels,
         "classes": list(names),
-        "names": [seen.source.identity(i) for i in seen.positions[:count, 0].tolist()],
+        "names": [seen.source.identity(i) for i in positions[:count]],
         "thumbnails": [thumbnail(seen.source, i) for i in positions],
     }
 

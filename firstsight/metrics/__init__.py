@@ -29,7 +29,6 @@ from firstsight.metrics.neighbours import (
     places,
     ranked,
     represented,
-    voted_accuracy,
     votes,
 )
 
@@ -60,7 +59,6 @@ __all__ = [
     "spectrum",
     "spread",
     "uniformity",
-    "voted_accuracy",
     "votes",
     "worst_classes",
 ]

@@ -11,6 +11,7 @@ from firstsight.report import detection
 from firstsight.report.answers import answers
 from firstsight.report.came_out import header
 from firstsight.report.confused import confusions
+from firstsight.report.kept import each, together
 from firstsight.report.looks import all_pictures, script
 from firstsight.report.read import Run
 from firstsight.report.tables import differences, readings, section, settings, typed
@@ -33,7 +34,7 @@ def page(runs: Sequence[Run]) -> str:
         *(section(title, content) for title, content in detection.sections(runs)),
         section("Curves", curves(runs)),
         *all_pictures(runs),
-        section("Readings", readings(runs) + confusions(runs)),
+        section("Readings", together(runs) + readings(runs) + each(runs) + confusions(runs)),
         section("Settings", settings(lone) if lone else differences(runs)),
         section("Use it", "".join(_use(run, lone is not None) for run in runs if not run.detects)),
     ]

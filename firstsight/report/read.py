@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 from firstsight import methods
 from firstsight.errors import UserError
 from firstsight.log import read_log
+from firstsight.readings import Figure, figures
 from firstsight.settings import Pretrain, begun, plain, read_yaml
 
 _MAGIC = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
@@ -34,10 +35,10 @@ class Run:
     """Empty while the run is not finished."""
     about: dict[str, Any]
     """backbone.json; empty while the run is not finished."""
-    readings: dict[str, list[tuple[float, float]]]
-    """(step, percent) of the readings that were taken of the run's snapshots, by name."""
+    readings: dict[str, list[dict[str, Any]]]
+    """The readings that were taken of the run's snapshots, by name, each with its `step`."""
     latest: dict[str, dict[str, Any]]
-    """The whole reading of the last snapshot, by name."""
+    """The newest reading by name: of the run itself, or of its last snapshot."""
     pictures: dict[str, str]
     """Pictures by name, as data URIs."""
     captions: dict[str, str]
@@ -53,6 +54,11 @@ class Run:
             for r in self.records
             if name in r and _is_number(r[name])
         ]
+
+    def over(self, name: str, figure: Figure) -> list[tuple[float, float]]:
+        """(step, value) of a figure of the reading called `name`, where snapshots have it."""
+        found = [(float(one["step"]), figure.of(one)) for one in self.readings.get(name, [])]
+        return [(step, value) for step, value in found if value is not None]
 
     def last(self, name: str) -> float | None:
         """The newest finite value of a scalar."""
@@ -182,7 +188,8 @@ def _read(folder: Path, label: str) -> Run:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {folder / 'log.jsonl'} ({error}); restore it") from None
     records = [r for r in records if isinstance(r, dict) and _is_finite(r.get("step"))]
-    taken = {path.stem: (path, _results(path)) for path in sorted(folder.glob("readings/*.json"))}
+    over = {path.stem: _results(path) for path in sorted(folder.glob("readings/*.json"))}
+    now = {path.stem: _result(path) for path in sorted(folder.glob("readings/last/*.json"))}
     captions = _json(folder / "pictures" / "captions.json")
     return Run(
         path=folder,
@@ -193,8 +200,8 @@ def _read(folder: Path, label: str) -> Run:
         records=records,
         summary=_json(folder / "summary.json"),
         about=_json(folder / "backbone.json"),
-        readings={name: _curve(found, path) for name, (path, found) in taken.items()},
-        latest={name: found[-1] for name, (_, found) in taken.items() if found},
+        readings=over,
+        latest=_newest({name: found[-1] for name, found in over.items() if found}, now),
         pictures=_pictures(folder / "pictures"),
         map=_map(folder / "pictures" / "map.json"),
         captions={name: text for name, text in captions.items() if isinstance(text, str)},
@@ -245,21 +252,31 @@ def _results(path: Path) -> list[dict[str, Any]]:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it and report again") from None
-    if isinstance(found, list) and all(isinstance(one, dict) for one in found):
+    if isinstance(found, list) and all(_is_reading(one, path.stem) for one in found):
         return found
     raise UserError(f"{path} is damaged (no list of readings); remove it and report again")
 
 
-def _curve(results: list[dict[str, Any]], path: Path) -> list[tuple[float, float]]:
-    try:
-        return [(float(one["step"]), float(_figure(one))) for one in results]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it and report again") from None
+def _is_reading(one: Any, name: str) -> bool:
+    if not isinstance(one, dict) or not _is_finite(one.get("step")):
+        return False
+    return any(figure.of(one) is not None for figure in figures(name))
 
 
-def _figure(result: dict[str, Any]) -> Any:
-    """The one figure of a reading: an accuracy, or how many boxes are right."""
-    return result["top1"] if "top1" in result else result["corloc"]["0.5"]
+def _result(path: Path) -> dict[str, Any]:
+    found = _json(path)
+    if _is_finite(found.get("step")):
+        return found
+    raise UserError(f"{path} is damaged (no step in it); remove it and report again")
+
+
+def _newest(*found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each name the result of the highest step, of equal ones the later given."""
+    names = dict.fromkeys(name for results in found for name in results)
+    return {
+        name: max(reversed([r[name] for r in found if name in r]), key=lambda one: one["step"])
+        for name in names
+    }
 
 
 def _pictures(folder: Path) -> dict[str, str]:

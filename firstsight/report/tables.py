@@ -67,21 +67,33 @@ def readings(runs: Sequence[Run]) -> str:
 
 def _reading(kind: str, runs: Sequence[Run]) -> str:
     found = [_inner(run.summary.get(kind)) for run in runs]
+    name = escape(_KINDS.get(kind, _worded(kind)))
+    steps = _by_step(runs) if kind == "knn" else ""
+    return _sided(name, f"{name}, accuracy in percent", found, runs, steps)
+
+
+def compared(name: str, found: Sequence[dict[str, Any]], runs: Sequence[Run]) -> str:
+    """The figures of a result of each run, and how they were read, folded away."""
+    return folded(f"All of {name}", _sided(escape(name), escape(name), found, runs))
+
+
+def _sided(
+    name: str, caption: str, found: Sequence[dict[str, Any]], runs: Sequence[Run], below: str = ""
+) -> str:
     figures = [flat({k: v for k, v in reading.items() if k != "protocol"}) for reading in found]
     protocols = [flat(_inner(reading.get("protocol"))) for reading in found]
     differing = unlike([protocol for protocol in protocols if protocol])
-    name = escape(_KINDS.get(kind, _worded(kind)))
-    heads = ["Value"] if len(runs) == 1 else _heads(runs)
+    own = ["Value"] if len(runs) == 1 else heads(runs)
     came_out = table(
-        ["Figure", *heads],
+        ["Figure", *own],
         [(escape(_worded(n)), [_exact(f.get(n)) for f in figures]) for n in _union(figures)],
-        caption=f"{name}, accuracy in percent",
+        caption=caption,
     )
     depends_on = table(
-        ["Protocol", *heads],
+        ["Protocol", *own],
         [
             (
-                escape(_worded(n)) + (_MARK if n in differing else ""),
+                escape(_worded(n)) + (MARK if n in differing else ""),
                 [escape(typed(protocol.get(n, NONE))) for protocol in protocols],
             )
             for n in _union(protocols)
@@ -89,9 +101,8 @@ def _reading(kind: str, runs: Sequence[Run]) -> str:
         left=1 + len(runs),
         caption=f"How {name} was read",
     )
-    steps = _by_step(runs) if kind == "knn" else ""
     return (
-        f'<div class="pair tables">\n<div>\n{came_out}{steps}</div>\n'
+        f'<div class="pair tables">\n<div>\n{came_out}{below}</div>\n'
         f"<div>\n{depends_on}</div>\n</div>\n"
     )
 
@@ -124,8 +135,8 @@ def settings(run: Run) -> str:
         (f"<code>{escape(n)}</code>", [_code(run.settings[n]), _code(run.defaults.get(n, NONE))])
         for n in changed
     ]
-    heads = ["Setting", "This run", f"Default of {escape(run.method)}"]
-    top = table(heads, rows, left=3) if rows else "<p>All settings are the method's defaults.</p>\n"
+    names = ["Setting", "This run", f"Default of {escape(run.method)}"]
+    top = table(names, rows, left=3) if rows else "<p>All settings are the method's defaults.</p>\n"
     if not run.defaults:
         top = f"<p>The defaults of {escape(run.method)} are not known here.</p>\n"
     return top + _all_settings(run, "All settings")
@@ -142,14 +153,14 @@ def differences(runs: Sequence[Run]) -> str:
     top = "<p>The runs have the same settings.</p>\n"
     if rows:
         caption = "Settings that differ between the runs"
-        top = table(["Setting", *_heads(runs)], rows, left=1 + len(runs), caption=caption)
+        top = table(["Setting", *heads(runs)], rows, left=1 + len(runs), caption=caption)
     return top + "".join(_all_settings(run, f"All settings of {run.label}") for run in runs)
 
 
 def _all_settings(run: Run, title: str) -> str:
     changed = _changed(run)
     rows = [
-        (f"<code>{escape(n)}</code>" + (_MARK if n in changed else ""), [_code(v)])
+        (f"<code>{escape(n)}</code>" + (MARK if n in changed else ""), [_code(v)])
         for n, v in run.settings.items()
     ]
     return folded(title, table(["Setting", "Value"], rows, left=2))
@@ -165,7 +176,8 @@ def _changed(run: Run) -> list[str]:
     ]
 
 
-_MARK = ' <span class="mark">differs</span>'
+MARK = ' <span class="mark">differs</span>'
+"""Stands behind what the runs of a table do not share."""
 
 
 def folded(title: str, content: str, opened: str = "") -> str:
@@ -173,7 +185,8 @@ def folded(title: str, content: str, opened: str = "") -> str:
     return f"<details{opened}><summary>{escape(title)}</summary>\n{content}</details>\n"
 
 
-def _heads(runs: Sequence[Run]) -> list[str]:
+def heads(runs: Sequence[Run]) -> list[str]:
+    """A column for each run, in its colour."""
     return [f"{swatch(i)}{escape(run.label)}" for i, run in enumerate(runs)]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from firstsight.report.curves import PERCENT, Series, chart
+from firstsight.readings import FIGURES, Figure, figures
+from firstsight.report.curves import PERCENT, Point, Series, chart
+from firstsight.report.kept import KNN, LINEAR, standing
 from firstsight.report.read import Run
 
 _KNOWN = ("step", "epoch", "loss", "lr", "images_per_second", "data_wait", "bad_images")
@@ -47,8 +49,12 @@ def curves(runs: Sequence[Run]) -> str:
         if name not in (*_KNOWN, *_READINGS) and not name.startswith("linear_")
     ]
     taken = dict.fromkeys(name for run in runs for name in run.readings)
-    large += [_reading_chart(name, runs) for name in taken]
-    large += [_against_time(runs), _against_each_other(runs)]
+    over = [(name, figure) for name in taken for figure in figures(name)]
+    large += [_reading_chart(name, figure, runs) for name, figure in over]
+    if len(runs) > 1:
+        large += [_by_the_clock("k-NN accuracy", PERCENT, [_knn(run) for run in runs], runs)]
+        large += [_reading_by_the_clock(name, figure, runs) for name, figure in over]
+        large += _against_each_other(runs)
     groups = [("curves", large), ("curves small", small)]
     return "".join(f'<div class="{c}">\n{"".join(g)}</div>\n' for c, g in groups if any(g))
 
@@ -81,26 +87,39 @@ def _knn_chart(runs: Sequence[Run]) -> str:
     )
 
 
-def _against_time(runs: Sequence[Run]) -> str:
-    """k-NN of several runs by the clock: of equally good ones the quicker is to be had sooner."""
-    if len(runs) < 2:
+def _knn(run: Run) -> list[Point]:
+    return sorted((dict(run.curve("knn_quick")) | dict(run.curve("knn"))).items())
+
+
+def _reading_by_the_clock(name: str, figure: Figure, runs: Sequence[Run]) -> str:
+    known = [run.over(name, figure) for run in runs]
+    return _by_the_clock(_capital(figure.said), _unit(figure), known, runs)
+
+
+def _by_the_clock(
+    what: str, unit: str, known: Sequence[Sequence[Point]], runs: Sequence[Run]
+) -> str:
+    """(step, value) of several runs by time: of equally good ones the quicker is to be had sooner.
+
+    Where one run alone has them there is nothing to compare.
+    """
+    if sum(bool(points) for points in known) < 2:
         return ""
     timed = []
-    for colour, run in enumerate(runs):
-        known = sorted((dict(run.curve("knn_quick")) | dict(run.curve("knn"))).items())
-        points = [(run.seconds(step), value) for step, value in known]
+    for colour, (run, values) in enumerate(zip(runs, known, strict=True)):
+        points = [(run.seconds(step), value) for step, value in values]
         drawn = [(when, value) for when, value in points if when is not None]
         timed.append(Series(label=run.label, colour=colour, points=drawn))
     last = max((when for one in timed for when, _ in one.points), default=0.0)
-    name, unit = ("second", 1) if last < _MINUTES else ("minute", 60)
+    name, seconds = ("second", 1) if last < _MINUTES else ("minute", 60)
     series = [
-        Series(label=s.label, colour=s.colour, points=[(x / unit, y) for x, y in s.points])
+        Series(label=s.label, colour=s.colour, points=[(x / seconds, y) for x, y in s.points])
         for s in timed
     ]
     return chart(
-        "k-NN accuracy by the clock",
+        f"{what} by the clock",
         series,
-        unit=PERCENT,
+        unit=unit,
         marked=True,
         large=True,
         axis=name,
@@ -112,24 +131,44 @@ _MINUTES = 300
 """Seconds from which the clock shows minutes."""
 
 
-def _against_each_other(runs: Sequence[Run]) -> str:
-    """A dot for each run: do its readings agree?"""
+def _against_each_other(runs: Sequence[Run]) -> list[str]:
+    """A dot for each run: do its readings agree with the first that most runs have?"""
+    values = [standing(run) for run in runs]
+    shared = [name for name, count in _counted(values).items() if count > 1]
+    if not shared or shared[0] not in _shares():
+        return []
+    base, *others = shared
+    return [_dots(base, other, values, runs) for other in others]
+
+
+def _counted(values: Sequence[dict[str, float]]) -> dict[str, int]:
+    """In how many runs each figure is, those that are in all of them first."""
+    names = dict.fromkeys(name for one in values for name in one)
+    counts = {name: sum(name in one for one in values) for name in names}
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def _shares() -> set[str]:
+    return {KNN, LINEAR} | {f.said for every in FIGURES.values() for f in every if f.percent}
+
+
+def _dots(base: str, other: str, values: Sequence[dict[str, float]], runs: Sequence[Run]) -> str:
     series = [
-        Series(label=run.label, colour=colour, points=[(run.trained, run.linear)])
-        for colour, run in enumerate(runs)
-        if run.trained is not None and run.linear is not None
+        Series(label=run.label, colour=colour, points=[(one[base], one[other])])
+        for colour, (run, one) in enumerate(zip(runs, values, strict=True))
+        if base in one and other in one
     ]
     if len(series) < 2:
         return ""
     return chart(
-        "Linear classifier against k-NN",
+        f"{_capital(other)} against {base}",
         series,
-        unit=PERCENT,
+        unit=PERCENT if other in _shares() else "",
         marked=True,
         large=True,
-        axis="k-NN percent",
-        note="After training, across: k-NN, up: linear. Runs whose order differs between the two "
-        "are not told apart by one reading.",
+        axis=f"{base} percent",
+        note=f"Across: {base}, up: {other}, as they are now. Runs whose order differs between the "
+        "two are not told apart by one reading.",
     )
 
 
@@ -159,18 +198,25 @@ def _linear_chart(runs: Sequence[Run]) -> str:
     )
 
 
-def _reading_chart(name: str, runs: Sequence[Run]) -> str:
+def _reading_chart(name: str, figure: Figure, runs: Sequence[Run]) -> str:
     series = [
-        Series(label=run.label, colour=colour, points=run.readings.get(name, []))
+        Series(label=run.label, colour=colour, points=run.over(name, figure))
         for colour, run in enumerate(runs)
     ]
     return chart(
-        f"{name} of the snapshots",
+        f"{_capital(figure.said)}, of the snapshots",
         series,
-        unit=PERCENT,
+        unit=_unit(figure),
         marked=True,
         large=True,
         until=max(run.steps for run in runs),
-        note=f"{'CorLoc .5' if name == 'localize' else 'Top-1'}, as {name}.json in the run's "
-        "folder of readings has it with its protocol.",
+        note=f"As {name}.json in the run's folder of readings has it, with its protocol.",
     )
+
+
+def _unit(figure: Figure) -> str:
+    return PERCENT if figure.percent else ""
+
+
+def _capital(text: str) -> str:
+    return text if text.startswith("k-NN") else text[0].upper() + text[1:]

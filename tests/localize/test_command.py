@@ -147,5 +147,5 @@ def test_a_run_is_read_over_its_snapshots_and_its_report_shows_it(tmp_path, monk
     cli.main(args)
     cli.main(["report", "run", "--out", "report.html"])
     page = (tmp_path / "report.html").read_text()
-    assert "CorLoc .5, as localize.json" in page and "with the box found (green)" in page
+    assert "CorLoc .5, of the snapshots" in page and "with the box found (green)" in page
     assert "Of 8 images: CorLoc .5 is" in page  # and what the controls explain of it
