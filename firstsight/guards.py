@@ -66,10 +66,15 @@ def _nonfinite(what: str, method: nn.Module, step: int, out: Path) -> NonFinite:
     tensors += [(f"gradient of {name}", p.grad) for name, p in method.named_parameters()]
     bad = [name for name, t in tensors if t is not None and not local(t).isfinite().all()]
     named = f"{len(bad)} tensors went bad, {', '.join(bad[:3])} first" if bad else "no tensor did"
+    return since_last_good(f"{what} at step {step} ({named})", out)
+
+
+def since_last_good(what: str, out: Path) -> NonFinite:
+    """What to raise where numbers of the run in `out` are none, its last good checkpoint named."""
     last = out / "checkpoints" / "last"
     kept = f"the last good checkpoint is {last.resolve()}" if last.exists() else "none was saved"
     return NonFinite(
-        f"{what} at step {step} ({named}); {kept}",
+        f"{what}; {kept}",
         "start another run with a lower --lr, a longer --warmup-epochs or --precision fp32",
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firstsight import checkpoint, distributed, fetched, keyed, parallel, room
+from firstsight import checkpoint, distributed, fetched, guards, keyed, parallel, room
 from firstsight.backbones import Backbone
 from firstsight.errors import UserError
 from firstsight.log import say
@@ -114,18 +114,19 @@ class State:
     def advance(self, stepped: bool, seconds: float) -> None:
         """Count a step that took so long; `stepped`: the optimiser made it.
 
-        Raises `UserError` where a checkpoint could not be written since the last one.
+        Raises `UserError` where a checkpoint could not be written since the last one, and
+        `guards.NonFinite` after more steps in a row without an update than are allowed.
         """
         self.step, self.seconds = self.step + 1, self.seconds + seconds
         self.skipped += not stepped
         self._in_a_row = 0 if stepped else self._in_a_row + 1
         self._writer.check()
+        if not stepped and self.config.precision != "fp16":
+            self.scaler.update(1.0)  # it halves its scale, which here would never grow again
         if self._in_a_row > self.config.skip_nonfinite > 0:
-            raise UserError(
-                f"{self._in_a_row} steps in a row, step {self.step} the last, had gradients that "
-                f"are not finite (--skip-nonfinite {self.config.skip_nonfinite}); start another "
-                "run with a lower --lr, a longer --warmup-epochs or --precision fp32"
-            )
+            what = f"{self._in_a_row} steps in a row, step {self.step} the last, had gradients that"
+            what += f" are not finite (--skip-nonfinite {self.config.skip_nonfinite})"
+            raise guards.since_last_good(what, self.out)
 
     def _open_stores(self, step: int | None) -> None:
         """Have rows that rest outside the checkpoint as they were when it was saved."""
