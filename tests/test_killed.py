@@ -14,6 +14,7 @@ from benchmarks.rough_weather import children, command, gaps, kill_at_random, sa
 from firstsight.log import read_log
 
 pytestmark = pytest.mark.slow
+AT_WORK = ("--workers", "1", "--epochs", "12")
 
 
 def begun(command, log, lines, **more):
@@ -41,20 +42,31 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path):
     assert kill_at_random(tmp_path, int(os.environ.get("KILLS", "3")), seed=time.time_ns()) > 0
 
 
-def test_what_schedulers_send_before_they_kill_leaves_a_checkpoint(tmp_path):
-    """SIGUSR1 to the whole group, workers too; SIGTERM and SIGINT are in test_engine.py."""
-    out, more = tmp_path / "cut", ("--workers", "1", "--epochs", "12")
-    process = begun(command(out, *more), out / "log.jsonl", 10, start_new_session=True)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 96 steps that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    subprocess.run(command(folder, *AT_WORK), check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_what_people_and_schedulers_send_before_they_kill_leaves_a_checkpoint(
+    number, whole, tmp_path
+):
+    """To the whole group, as a terminal does: workers get it too."""
+    process = begun(
+        command(tmp_path, *AT_WORK), tmp_path / "log.jsonl", 10, start_new_session=True
+    )
     asked = time.monotonic()
-    os.killpg(process.pid, signal.SIGUSR1)
+    os.killpg(process.pid, getattr(signal, number))
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "stopping" in err and "Traceback" not in err, err
     assert time.monotonic() - asked < 10
-    steps = read_log(out / "log.jsonl")[-1]["step"]
-    assert (out / "checkpoints" / "last").resolve().name == f"step-{steps:08d}.pt"
-    subprocess.run(command(out, *more), check=True, capture_output=True)
-    subprocess.run(command(tmp_path / "whole", *more), check=True, capture_output=True)
-    assert same(weights(out), weights(tmp_path / "whole")) and not gaps(out, 96)
+    steps = read_log(tmp_path / "log.jsonl")[-1]["step"]
+    assert (tmp_path / "checkpoints" / "last").resolve().name == f"step-{steps:08d}.pt"
+    subprocess.run(command(tmp_path, *AT_WORK), check=True, capture_output=True)
+    assert same(weights(tmp_path), weights(whole)) and not gaps(tmp_path, 96)
 
 
 def test_a_second_writer_is_refused_and_readers_may_read(tmp_path):
@@ -124,7 +136,7 @@ def test_a_rank_that_hangs_is_named_by_the_others(tmp_path):
     finally:
         os.kill(frozen, signal.SIGCONT)
     _, err = process.communicate(timeout=60)
-    said = r"firstsight: rank 1 of 2 hangs: it trains for \d+ s, its heartbeat stands still, at step"
+    said = r"firstsight: rank 1 of 2 hangs: it trains for \d+ s, its heartbeat stands still, at s"
     assert process.returncode and re.search(said, err), err
     assert "File" in (tmp_path / "watch" / "rank-0000.stacks").read_text()
     assert children(process.pid) == []
