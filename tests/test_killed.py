@@ -55,9 +55,7 @@ def test_what_people_and_schedulers_send_before_they_kill_leaves_a_checkpoint(
     number, whole, tmp_path
 ):
     """To the whole group, as a terminal does: workers get it too."""
-    process = begun(
-        command(tmp_path, *AT_WORK), tmp_path / "log.jsonl", 10, start_new_session=True
-    )
+    process = begun(command(tmp_path, *AT_WORK), tmp_path / "log.jsonl", 10, start_new_session=True)
     asked = time.monotonic()
     os.killpg(process.pid, getattr(signal, number))
     _, err = process.communicate(timeout=60)
