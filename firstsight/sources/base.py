@@ -15,6 +15,8 @@ Pixels = NDArray[np.uint8]
 
 
 _ATTEMPTS = 50
+_NAMES = 1 << 16
+"""Names that are hashed at a time."""
 
 
 class UnreadableImage(Exception):
@@ -56,8 +58,9 @@ class Source(ABC):
         import hashlib
 
         digest = hashlib.sha256(f"{len(self)}".encode())
-        for index in range(len(self)):
-            digest.update(self.identity(index).encode("utf-8", "surrogateescape") + b"\0")
+        for start in range(0, len(self), _NAMES):  # one by one they take three times as long
+            names = map(self.identity, range(start, min(start + _NAMES, len(self))))
+            digest.update(("\0".join(names) + "\0").encode("utf-8", "surrogateescape"))
         if self.labels is not None:
             digest.update(self.labels.tobytes())
         return digest.hexdigest()[:16]
