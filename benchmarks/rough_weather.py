@@ -6,14 +6,16 @@
 
 kill: `kill -9` at random moments, some of them while a checkpoint is being written, each time gone
 on with; the weights at the end must be those of an unbroken run, bit for bit. soak: two processes
-under torchrun, one of which (or a process of its loader) is killed every now and then; the run must
-end with the right number of steps and a log without a gap. memory: a long run of tiny steps, its
-memory and that of its loader read on the way; they must stay flat.
+under torchrun, one of which (or a process of its loader) is killed every now and then, at times
+with its last checkpoint damaged; the run must end with the right number of steps and a log without
+a gap. memory: a long run of tiny steps, its memory and that of its loader read on the way; they
+must stay flat.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -94,39 +97,45 @@ def kill_at_random(folder: Path, times: int, seed: int, steps: int = 96) -> int:
     return met
 
 
-def soak(folder: Path, minutes: float, seed: int, every: float = 40.0) -> int:
-    """How many processes were killed in a run of two, until it ended as it should."""
-    draw, out = random.Random(seed), folder / "soak"
+def soak(folder: Path, minutes: float, seed: int, every: float = 40.0) -> Counter[str]:
+    """What was done to a run of two processes, until it ended as it should."""
+    draw, out, done = random.Random(seed), folder / "soak", Counter[str]()
     steps = 8 * max(1, round(minutes * 60 * 8 / 8))  # some eight a second on two cores
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launch += ["--nproc-per-node", "2", "--max-restarts", "1000"]
     more = ("--workers", "1", "--epochs", str(steps / 8), "--save-every", "20", "--timeout", "30")
     process = subprocess.Popen([*launch, *command(out, *more)[1:]], stderr=subprocess.DEVNULL)
-    killed, reached, due = 0, 0, time.monotonic() + every
+    reached, due, began = 0, time.monotonic() + every, time.monotonic()
     while process.poll() is None:
-        time.sleep(0.5)
+        time.sleep(0.2)
         now = len(read_log(out / "log.jsonl"))
         if time.monotonic() < due or now < reached + 25:  # a restart has to get somewhere first
             continue
-        victims = []
-        for beat in (out / "watch").glob("rank-*.json"):
-            try:
-                rank = int(json.loads(beat.read_text())["pid"])
-                victims += [rank, *children(rank)]
-            except (ValueError, KeyError, OSError):
-                continue
-        if victims:
-            try:
-                os.kill(draw.choice(victims), signal.SIGKILL)
-                killed += 1
-            except ProcessLookupError:
-                pass
+        done[broken(out, draw)] += 1
         reached, due = now, time.monotonic() + every * (0.5 + draw.random())
     summary = json.loads((out / "summary.json").read_text())
     if process.returncode or summary["steps"] != steps or gaps(out, steps):
         raise SystemExit(f"ended with {summary['steps']} of {steps} steps, gaps {gaps(out, steps)}")
-    print(f"{steps} steps, {killed} processes killed, the log without a gap")
-    return killed
+    told = ", ".join(f"{count} times {what}" for what, count in done.items())
+    seconds = time.monotonic() - began
+    print(f"{steps} steps in {seconds:.0f} s, {told}; the log without a gap")
+    return done
+
+
+def broken(out: Path, draw: random.Random) -> str:
+    """Kill a rank of a run or a process of its loader; or a rank, and its last checkpoint rots."""
+    beats = [json.loads(path.read_text()) for path in (out / "watch").glob("rank-*.json")]
+    rank = int(draw.choice(beats)["pid"])
+    what = draw.choice(["a rank killed", "a loader killed", "a rank killed, a checkpoint damaged"])
+    saved = sorted((out / "checkpoints").glob("step-*.pt"))
+    with contextlib.suppress(ProcessLookupError):
+        for pid in children(rank) if "loader" in what else [rank]:
+            os.kill(pid, signal.SIGKILL)
+    if "damaged" in what and len(saved) > 1:
+        with open(saved[-1], "r+b") as file:
+            file.seek(saved[-1].stat().st_size // 2)
+            file.write(b"rotten")
+    return what
 
 
 def children(pid: int) -> list[int]:

@@ -179,9 +179,7 @@ def test_every_checkpoint_that_is_kept_can_be_gone_back_to(tmp_path):
         walk(rows, 5, start=step)  # and goes on, and back again
         rows.open(copy, step)
         assert torch.equal(contents(rows), expected[step])
-    with pytest.raises(
-        UserError, match=r"to step 5 \(they can to 10, 15, 20, 25: as"
-    ):
+    with pytest.raises(UserError, match=r"to step 5 \(they can to 10, 15, 20, 25: as"):
         rows.open(tmp_path, 5)
 
 
