@@ -98,29 +98,27 @@ class _Table(Writer):
         self, folder: Path, step: int, kept: list[dict[str, Any]], settings: dict[str, Any]
     ) -> None:
         self._path = folder / "log.csv"
-        self._rows = list(kept)
-        self._start()
+        self._start(kept)
 
-    def _start(self) -> None:
+    def _start(self, rows: list[dict[str, Any]]) -> None:
         """The whole file anew: only then can it get another column."""
-        self._columns = list(dict.fromkeys(["step", *(key for row in self._rows for key in row)]))
+        self._columns = list(dict.fromkeys(["step", *(key for row in rows for key in row)]))
         part = self._path.with_name(".log.csv.part")
         with open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
-            writer.writerows(self._rows)
+            writer.writerows(rows)
         part.replace(self._path)
         self._file = open(self._path, "a", buffering=1, newline="")  # noqa: SIM115  close()
         self._writer = csv.DictWriter(self._file, self._columns)
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         row = {"step": step, **figures}
-        self._rows.append(row)
         if row.keys() <= set(self._columns):
             self._writer.writerow(row)
         else:
             self._file.close()
-            self._start()
+            self._start(read_log(self._path.with_suffix(".jsonl")))  # this one is in it already
 
     def close(self) -> None:
         self._file.close()
