@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from firstsight import data
 from firstsight.log import read_log
 
 TINY = [
@@ -148,18 +149,41 @@ def children(pid: int) -> list[int]:
 
 def memory(folder: Path, steps: int) -> list[tuple[int, float, float]]:
     """(step, MiB of the run, MiB of its loader) on the way of a long run."""
-    out, seen = folder / "memory", []
-    more = ("--workers", "1", "--epochs", str(steps / 32), "--save-every", "1000")
-    more = (*more, "--log-every", "50", "--batch-size", "2")
-    process = subprocess.Popen(command(out, *more), stderr=subprocess.DEVNULL)
-    while process.poll() is None:
-        time.sleep(1)
-        records = read_log(out / "log.jsonl")[-1:]
-        if records and (not seen or records[0]["step"] >= seen[-1][0] + steps / 20):
-            loader = sum(map(held, children(process.pid)))
-            seen.append((records[0]["step"], held(process.pid), loader))
-            print("step {:>7}  run {:7.1f} MiB  loader {:7.1f} MiB".format(*seen[-1]), flush=True)
+    out, seen, pack = folder / "memory", [], folder / "scenes.pack"
+    data.pack("scenes:train@64", out=str(pack), side=8)
+    more = ("--data", str(pack), "--backbone", "resnet18", "--size", "8", "--batch-size", "2")
+    more = (*more, "--workers", "1", "--epochs", str(steps / 32), "--save-every", "1000")
+    more = (*more, "--log-every", "50", "--loggers", "jsonl", "csv", "tensorboard")
+    more = (*more, "--optimizer", "sgd", "--method.hidden", "32", "--method.dim", "16")
+    run = [sys.executable, "-c", ONE_LAYER, *command(out, *more)[3:]]
+    with subprocess.Popen(run, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            time.sleep(1)
+            step = max((record["step"] for record in read_log(out / "log.jsonl")), default=0)
+            if step and (not seen or step >= seen[-1][0] + steps / 20):
+                seen.append((step, held(process.pid), sum(map(held, children(process.pid)))))
+                told = "step {:>7}  run {:7.1f} MiB  loader {:7.1f} MiB"
+                print(told.format(*seen[-1]), flush=True)
     return seen
+
+
+ONE_LAYER = """
+import sys
+import torch
+from firstsight import backbones, cli
+class OneLayer(backbones.Backbone):
+    name, stem, width, map_width, stride = "one layer", "standard", 8, 8, 8
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 8, 8, stride=8)
+    def feature_map(self, images):
+        return self.layer(images).relu()
+    def features(self, images):
+        return self.feature_map(images).mean(dim=(2, 3))
+backbones.build = lambda *_: OneLayer()
+cli.main(sys.argv[1:])
+"""
+"""A run whose network takes no time: what may grow is around it."""
 
 
 def held(pid: int) -> float:
