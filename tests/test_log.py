@@ -46,6 +46,24 @@ def test_a_table_asked_for_later_holds_the_whole_run(tmp_path):
     assert rows(tmp_path) == [{"step": "10", "loss": "3.0"}]
 
 
+class Gone:
+    """What stderr is when the terminal or the pipe behind it has gone."""
+
+    def isatty(self):
+        return False
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_a_run_goes_on_when_nobody_listens(monkeypatch):
+    monkeypatch.setattr("sys.stderr", Gone())
+    log.say("stopping")
+    with log.Meter("simclr", 0, 10) as meter:
+        meter._spoke -= 60
+        meter.show(3, "loss 1.0")
+
+
 FAKE = """
 import json, pathlib
 asked = []
