@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from firstsight import backbones, distributed, engine, folders, loader, run, update
+from firstsight import backbones, distributed, engine, folders, guards, loader, run, update
 from firstsight.errors import UserError
 from firstsight.features import Reader, extract, subset
 from firstsight.log import read_log
@@ -365,3 +367,17 @@ def test_adamw_and_the_step_schedule_train_too(tmp_path):
     train(tmp_path, optimizer="adamw", lr=1e-3, schedule="step", warmup_epochs=0.0)
     rates = [r["lr"] for r in read_log(tmp_path / "log.jsonl")]
     assert rates == pytest.approx([1e-3] * 8 + [1e-4] * 2 + [1e-5] * 2)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals that go away")
+def test_a_terminal_that_goes_away_asks_to_stop_unless_nohup_says_otherwise():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, expected in ((signal.SIG_IGN, False), (signal.SIG_DFL, True)):
+            signal.signal(signal.SIGHUP, handler)
+            with guards.stop_signal() as stopped:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert stopped() == expected
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
