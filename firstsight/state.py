@@ -54,7 +54,7 @@ class State:
     """Images that could not be decoded."""
 
     def __post_init__(self) -> None:
-        self._fingerprint = self.source.fingerprint()
+        self._fingerprint, self._contents = self.source.fingerprint(), self.source.contents()
         self._folder = self.out / "checkpoints"
         self._writer = checkpoint.Writer()
         self._warned = False
@@ -100,11 +100,13 @@ class State:
                 raise UserError(f"{path} is of another run, {flag(key)} {was} (here {now[key]})")
 
     def _compare_sources(self, saved: dict[str, Any]) -> None:
-        if saved["source"] == self._fingerprint:
-            return
-        was, now = saved.get("images", "other"), len(self.source)
         what = f"{self.source.spec} no longer holds the images that {self.out} was trained on"
-        what += f" ({was} then, {now} now)"
+        if saved["source"] != self._fingerprint:
+            what += f" ({saved.get('images', 'other')} then, {len(self.source)} now)"
+        elif saved.get("contents", self._contents) != self._contents:
+            what += " (the names are the same, their files are others)"
+        else:
+            return
         if not self.config.allow_changed_data:
             raise UserError(
                 f"{what}; use --allow-changed-data to go on with these, or --out for another run"
@@ -143,6 +145,7 @@ class State:
         values |= {"optimizer": parallel.gathered_optimizer(self.optimizer)}
         values |= {"scaler": self.scaler.state_dict()}
         values |= {"source": self._fingerprint, "images": len(self.source)}
+        values |= {"contents": self._contents}
         values |= {"probes": self.online.state_dict() if self.online else {}}
         values |= {"about": about(self.method, self.config)}
         values |= {"name": self.name, "settings": plain(self.config)}

@@ -7,12 +7,15 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks.rough_weather import children, same, weights
-from firstsight import engine, loader, run
+from firstsight import data, engine, loader, run
 from firstsight.errors import UserError
 from firstsight.log import read_log
+from firstsight.sources import open_source
 from tests.rough_weather.small import train
+from tests.sources.pictures import encoded, noise
 from tests.tiny import Patches, config
 
 
@@ -42,6 +45,43 @@ def test_other_images_are_gone_on_with_where_that_is_allowed(stopped, capsys):
     assert "(48 then, 50 now); going on with these" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["folder", pytest.param("zip", marks=pytest.mark.slow), "pack"])
+def test_other_pictures_of_the_same_names_are_told(kind, tmp_path, capsys):
+    spec = spec_of(kind, photographs(tmp_path / "photos"))
+    train(tmp_path / "run", open_source(spec), epochs=0.5)
+    for path in (tmp_path / "photos").rglob("03.png"):
+        path.write_bytes(encoded(Image.fromarray(noise(21, 33, 99)), "PNG"))
+    spec = spec_of(kind, tmp_path / "photos")
+    with pytest.raises(
+        UserError, match=r"trained on \(the names are the same, their files are oth"
+    ):
+        train(tmp_path / "run", open_source(spec), epochs=1.0)
+    values = {"epochs": 1.0, "allow_changed_data": True}
+    assert train(tmp_path / "run", open_source(spec), **values).done == 2
+    assert "are others); going on with these" in capsys.readouterr().err
+    train(tmp_path / "run", open_source(spec), epochs=1.5)  # of those it knows now
+
+
+def photographs(folder):
+    """Sixteen small pictures."""
+    folder.mkdir()
+    for number in range(16):
+        encoding = encoded(Image.fromarray(noise(24, 30, number)), "PNG")
+        (folder / f"{number:02}.png").write_bytes(encoding)
+    return folder
+
+
+def spec_of(kind, photos):
+    """They, or what is made of them."""
+    made = photos.with_suffix(f".{kind}")
+    made.unlink(missing_ok=True)
+    if kind == "zip":
+        data.zip_up(str(photos), out=str(made))
+    if kind == "pack":
+        data.pack(str(photos), out=str(made), side=16)
+    return str(photos if kind == "folder" else made)
+
+
 @pytest.mark.slow
 def test_a_clock_that_is_set_back_changes_nothing(stopped, whole, monkeypatch):
     """Neither that of now nor that of the files: what counts is the number of steps."""
@@ -69,24 +109,14 @@ def _hook(event, arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_a_source_that_cannot_be_written_is_enough(kind, tmp_path):
-    from PIL import Image
-
-    from firstsight import data
-    from tests.sources.pictures import encoded, noise
-
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for number in range(16):
-        file = photos / f"{number:02}.png"
-        file.write_bytes(encoded(Image.fromarray(noise(24, 30, number)), "PNG"))
+    photos = photographs(tmp_path / "photos")
+    spec = spec_of(kind, photos)
+    for file in photos.iterdir():
         file.chmod(0o444)
-    if kind == "zip":
-        data.zip_up(str(photos), out=str(tmp_path / "photos.zip"))
     photos.chmod(0o555)
     sys.addaudithook(_hook)
     _LOOKING["at"] = str(photos)
     try:
-        spec = str(photos) + (".zip" if kind == "zip" else "")
         run.pretrain("simclr", config("simclr", tmp_path / "run", data=spec, epochs=1.0))
     finally:
         _LOOKING["at"] = None
