@@ -131,7 +131,7 @@ def measured(name: str, config: Pretrain, images: int, source_images: int, world
         work.step(work.method)
         told = tuple(sent)
         times = [work.step(work.method) for _ in range(_STEPS)]
-    forward, backward, rest = map(min, zip(*times, strict=True))
+    forward, backward, rest = min(times, key=sum)
     gradients = sum(p.nbytes for p in parallel.members(work.optimizer))
     return Step(
         images=images,

@@ -229,7 +229,7 @@ class Watch:
             doing = str(said.get("doing"))
             if doing.startswith(f"{_ENDED}:"):
                 enough = looks >= _FAILED
-            elif self._broken or _is_dead(said):
+            elif self._lost(said):
                 enough = looks >= _SILENT
             else:
                 enough = looks * self._every > self._timeout
@@ -237,21 +237,28 @@ class Watch:
                 found.append(rank)
         return found
 
+    def _lost(self, said: dict[str, Any]) -> bool:
+        """Whether more than its silence says that a rank is gone."""
+        return self._broken or _is_dead(said)
+
     def _verdict(self) -> str:
         """Which rank it is, in a sentence: one that is gone, or the one furthest behind."""
         said = {rank: self._said(rank) for rank in self._ranks}
         for rank in self._gone():
             doing = str(said[rank].get("doing"))
-            if not doing.startswith(_ENDED):
-                return self._told(rank, said[rank], f"is gone (it {doing}, then fell silent)")
-            if f"{_ENDED}: rank" not in doing:  # else it names another one
+            if doing.startswith(f"{_ENDED}: rank"):  # it names another one
+                return doing.removeprefix(f"{_ENDED}: ")
+            if doing.startswith(_ENDED):
                 return self._told(rank, said[rank], doing)
+            if self._lost(said[rank]):
+                return self._told(rank, said[rank], f"is gone (it {doing}, then fell silent)")
         silent = [rank for rank in self._ranks if self._beats[rank][1] >= _SILENT]
         behind = min(
             silent or self._ranks,
             key=lambda r: (said[r].get("step", 0), said[r].get("doing") != _WAITING),
         )
-        what = f"hangs: it {said[behind].get('doing')} for {self._still * self._every:.0f} s"
+        seconds = max(self._still, self._beats[behind][1]) * self._every
+        what = f"hangs: it {said[behind].get('doing')} for {seconds:.0f} s"
         what += ", its heartbeat stands still" if silent else ""
         return self._told(behind, said[behind], what)
 

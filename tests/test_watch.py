@@ -86,7 +86,7 @@ def test_a_silent_rank_amid_a_reading_has_the_time_limit_too(tmp_path, monkeypat
     beats(tmp_path, 3, os.getpid(), doing="reads the backbone")
     looks, said = looks_until_it_ends(watch, monkeypatch)
     assert TIMEOUT / 2 < looks < TIMEOUT / 2 + 4
-    assert "rank 1 of 2 is gone (it reads the backbone, then fell silent)" in said
+    assert "rank 1 of 2 hangs: it reads the backbone for 64 s, its heartbeat stands still" in said
 
 
 def test_a_slow_rank_is_waited_for_and_then_named(tmp_path, monkeypatch):
@@ -112,3 +112,10 @@ def test_where_a_connection_broke_the_silent_one_is_gone(tmp_path, monkeypatch, 
     for _ in range(12):
         watch._listen()
     assert watch._gone() == [1] and "rank 1 of 2 is gone" in watch._verdict()
+
+
+def test_what_one_rank_concluded_the_others_say_too(tmp_path, monkeypatch):
+    watch = one_of_two(tmp_path, monkeypatch)
+    beats(tmp_path, 3, os.getpid(), doing="has ended: rank 5 of 8 is gone (it trains, then ...)")
+    looks, said = looks_until_it_ends(watch, monkeypatch)
+    assert looks < 5 and said == "rank 5 of 8 is gone (it trains, then ...)"
