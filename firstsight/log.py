@@ -48,16 +48,15 @@ def printable(text: str) -> str:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl, rising in step; a half-written last line is left out."""
+    """The records of a log.jsonl, rising in step; damaged and half-written lines are left out."""
     records = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
         except ValueError:  # not JSON, or not text at all
-            break
-        if not isinstance(record, dict) or "step" not in record:
-            break
-        records.append(record)
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records
 
 
