@@ -187,12 +187,16 @@ cli.main(sys.argv[1:])
 
 
 def held(pid: int) -> float:
-    """MiB that a process holds, of pages shared with others its part (PSS)."""
+    """MiB of memory that is no file's, of pages shared with another process this one's part.
+
+    Pages of libraries would go up and down with the other processes on the machine that share them.
+    """
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0.0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    own = ("Pss_Anon:", "Pss_Shmem:")
+    return sum(int(line.split()[1]) for line in lines if line.startswith(own)) / 1024
 
 
 def main() -> None:
