@@ -6,14 +6,16 @@
 
 kill: `kill -9` at random moments, some of them while a checkpoint is being written, each time gone
 on with; the weights at the end must be those of an unbroken run, bit for bit. soak: two processes
-under torchrun, one of which (or a process of its loader) is killed every now and then; the run must
-end with the right number of steps and a log without a gap. memory: a long run of tiny steps, its
-memory and that of its loader read on the way; they must stay flat.
+under torchrun, one of which (or a process of its loader) is killed every now and then, at times
+with its last checkpoint damaged; the run must end with the right number of steps and a log without
+a gap. memory: a long run of tiny steps, its memory and that of its loader read on the way; they
+must stay flat.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -22,10 +24,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 
+from firstsight import data
 from firstsight.log import read_log
 
 TINY = [
@@ -94,39 +98,45 @@ def kill_at_random(folder: Path, times: int, seed: int, steps: int = 96) -> int:
     return met
 
 
-def soak(folder: Path, minutes: float, seed: int, every: float = 40.0) -> int:
-    """How many processes were killed in a run of two, until it ended as it should."""
-    draw, out = random.Random(seed), folder / "soak"
+def soak(folder: Path, minutes: float, seed: int, every: float = 40.0) -> Counter[str]:
+    """What was done to a run of two processes, until it ended as it should."""
+    draw, out, done = random.Random(seed), folder / "soak", Counter[str]()
     steps = 8 * max(1, round(minutes * 60 * 8 / 8))  # some eight a second on two cores
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launch += ["--nproc-per-node", "2", "--max-restarts", "1000"]
     more = ("--workers", "1", "--epochs", str(steps / 8), "--save-every", "20", "--timeout", "30")
     process = subprocess.Popen([*launch, *command(out, *more)[1:]], stderr=subprocess.DEVNULL)
-    killed, reached, due = 0, 0, time.monotonic() + every
+    reached, due, began = 0, time.monotonic() + every, time.monotonic()
     while process.poll() is None:
-        time.sleep(0.5)
+        time.sleep(0.2)
         now = len(read_log(out / "log.jsonl"))
         if time.monotonic() < due or now < reached + 25:  # a restart has to get somewhere first
             continue
-        victims = []
-        for beat in (out / "watch").glob("rank-*.json"):
-            try:
-                rank = int(json.loads(beat.read_text())["pid"])
-                victims += [rank, *children(rank)]
-            except (ValueError, KeyError, OSError):
-                continue
-        if victims:
-            try:
-                os.kill(draw.choice(victims), signal.SIGKILL)
-                killed += 1
-            except ProcessLookupError:
-                pass
+        done[broken(out, draw)] += 1
         reached, due = now, time.monotonic() + every * (0.5 + draw.random())
     summary = json.loads((out / "summary.json").read_text())
     if process.returncode or summary["steps"] != steps or gaps(out, steps):
         raise SystemExit(f"ended with {summary['steps']} of {steps} steps, gaps {gaps(out, steps)}")
-    print(f"{steps} steps, {killed} processes killed, the log without a gap")
-    return killed
+    told = ", ".join(f"{count} times {what}" for what, count in done.items())
+    seconds = time.monotonic() - began
+    print(f"{steps} steps in {seconds:.0f} s, {told}; the log without a gap")
+    return done
+
+
+def broken(out: Path, draw: random.Random) -> str:
+    """Kill a rank of a run or a process of its loader; or a rank, and its last checkpoint rots."""
+    beats = [json.loads(path.read_text()) for path in (out / "watch").glob("rank-*.json")]
+    rank = int(draw.choice(beats)["pid"])
+    what = draw.choice(["a rank killed", "a loader killed", "a rank killed, a checkpoint damaged"])
+    saved = sorted((out / "checkpoints").glob("step-*.pt"))
+    with contextlib.suppress(ProcessLookupError):
+        for pid in children(rank) if "loader" in what else [rank]:
+            os.kill(pid, signal.SIGKILL)
+    if "damaged" in what and len(saved) > 1:
+        with open(saved[-1], "r+b") as file:
+            file.seek(saved[-1].stat().st_size // 2)
+            file.write(b"rotten")
+    return what
 
 
 def children(pid: int) -> list[int]:
@@ -139,27 +149,54 @@ def children(pid: int) -> list[int]:
 
 def memory(folder: Path, steps: int) -> list[tuple[int, float, float]]:
     """(step, MiB of the run, MiB of its loader) on the way of a long run."""
-    out, seen = folder / "memory", []
-    more = ("--workers", "1", "--epochs", str(steps / 32), "--save-every", "1000")
-    more = (*more, "--log-every", "50", "--batch-size", "2")
-    process = subprocess.Popen(command(out, *more), stderr=subprocess.DEVNULL)
-    while process.poll() is None:
-        time.sleep(1)
-        records = read_log(out / "log.jsonl")[-1:]
-        if records and (not seen or records[0]["step"] >= seen[-1][0] + steps / 20):
-            loader = sum(map(held, children(process.pid)))
-            seen.append((records[0]["step"], held(process.pid), loader))
-            print("step {:>7}  run {:7.1f} MiB  loader {:7.1f} MiB".format(*seen[-1]), flush=True)
+    out, seen, pack = folder / "memory", [], folder / "scenes.pack"
+    data.pack("scenes:train@64", out=str(pack), side=8)
+    more = ("--data", str(pack), "--backbone", "resnet18", "--size", "8", "--batch-size", "2")
+    more = (*more, "--workers", "1", "--epochs", str(steps / 32), "--save-every", "1000")
+    more = (*more, "--log-every", "50", "--loggers", "jsonl", "csv", "tensorboard")
+    more = (*more, "--optimizer", "sgd", "--method.hidden", "32", "--method.dim", "16")
+    run = [sys.executable, "-c", ONE_LAYER, *command(out, *more)[3:]]
+    with subprocess.Popen(run, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            time.sleep(1)
+            step = max((record["step"] for record in read_log(out / "log.jsonl")), default=0)
+            if step and (not seen or step >= seen[-1][0] + steps / 20):
+                seen.append((step, held(process.pid), sum(map(held, children(process.pid)))))
+                told = "step {:>7}  run {:7.1f} MiB  loader {:7.1f} MiB"
+                print(told.format(*seen[-1]), flush=True)
     return seen
 
 
+ONE_LAYER = """
+import sys
+import torch
+from firstsight import backbones, cli
+class OneLayer(backbones.Backbone):
+    name, stem, width, map_width, stride = "one layer", "standard", 8, 8, 8
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 8, 8, stride=8)
+    def feature_map(self, images):
+        return self.layer(images).relu()
+    def features(self, images):
+        return self.feature_map(images).mean(dim=(2, 3))
+backbones.build = lambda *_: OneLayer()
+cli.main(sys.argv[1:])
+"""
+"""A run whose network takes no time: what may grow is around it."""
+
+
 def held(pid: int) -> float:
-    """MiB that a process holds, of pages shared with others its part (PSS)."""
+    """MiB of memory that is no file's, of pages shared with another process this one's part.
+
+    Pages of libraries would go up and down with the other processes on the machine that share them.
+    """
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0.0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    own = ("Pss_Anon:", "Pss_Shmem:")
+    return sum(int(line.split()[1]) for line in lines if line.startswith(own)) / 1024
 
 
 def main() -> None:

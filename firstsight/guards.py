@@ -66,23 +66,31 @@ def _nonfinite(what: str, method: nn.Module, step: int, out: Path) -> NonFinite:
     tensors += [(f"gradient of {name}", p.grad) for name, p in method.named_parameters()]
     bad = [name for name, t in tensors if t is not None and not local(t).isfinite().all()]
     named = f"{len(bad)} tensors went bad, {', '.join(bad[:3])} first" if bad else "no tensor did"
+    return since_last_good(f"{what} at step {step} ({named})", out)
+
+
+def since_last_good(what: str, out: Path) -> NonFinite:
+    """What to raise where numbers of the run in `out` are none, its last good checkpoint named."""
     last = out / "checkpoints" / "last"
     kept = f"the last good checkpoint is {last.resolve()}" if last.exists() else "none was saved"
     return NonFinite(
-        f"{what} at step {step} ({named}); {kept}",
+        f"{what}; {kept}",
         "start another run with a lower --lr, a longer --warmup-epochs or --precision fp32",
     )
 
 
-STOPPING = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-)
-"""Signals that ask a run to save and end: of people, of machines, of schedulers before those."""
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+STOPPING = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+"""Signals that ask a run to save and end: of people, of machines, of schedulers before those, of a
+terminal that goes away."""
 
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
-    """While inside, `STOPPING` signals do not end the process; the value says whether one came."""
+    """While inside, `STOPPING` signals do not end the process; the value says whether one came.
+
+    One that is ignored (SIGHUP, by nohup) stays so.
+    """
     came: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -91,7 +99,8 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
         came.append(number)
 
     try:
-        before = {s: signal.signal(s, note) for s in STOPPING}
+        heard = [s for s in STOPPING if signal.getsignal(s) is not signal.SIG_IGN]
+        before = {s: signal.signal(s, note) for s in heard}
     except ValueError:  # not the main thread: signals go elsewhere
         before = {}
     try:

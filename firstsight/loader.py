@@ -298,7 +298,7 @@ def _single_thread(worker: int) -> None:
     end_with_parent()
     # what asks a run to stop reaches the whole process group; the main process ends its workers
     # itself, after the step that it is in
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)

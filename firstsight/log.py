@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import json
@@ -30,7 +31,14 @@ def say(text: str) -> None:
     """One plain line for the user, apart from results; on the first of several ranks."""
     if not is_first():
         return
-    Console(stderr=True, highlight=False, soft_wrap=True).print(printable(text), markup=False)
+    _speak(sys.stderr, printable(text))
+
+
+def _speak(stream: TextIO, text: str) -> None:
+    """A line for whoever still listens: a run goes on when its terminal is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        stream.write(text + "\n")
+        stream.flush()
 
 
 def printable(text: str) -> str:
@@ -40,16 +48,15 @@ def printable(text: str) -> str:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl, rising in step; a half-written last line is left out."""
+    """The records of a log.jsonl, rising in step; damaged and half-written lines are left out."""
     records = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
         except ValueError:  # not JSON, or not text at all
-            break
-        if not isinstance(record, dict) or "step" not in record:
-            break
-        records.append(record)
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records
 
 
@@ -98,29 +105,27 @@ class _Table(Writer):
         self, folder: Path, step: int, kept: list[dict[str, Any]], settings: dict[str, Any]
     ) -> None:
         self._path = folder / "log.csv"
-        self._rows = list(kept)
-        self._start()
+        self._start(kept)
 
-    def _start(self) -> None:
+    def _start(self, rows: list[dict[str, Any]]) -> None:
         """The whole file anew: only then can it get another column."""
-        self._columns = list(dict.fromkeys(["step", *(key for row in self._rows for key in row)]))
+        self._columns = list(dict.fromkeys(["step", *(key for row in rows for key in row)]))
         part = self._path.with_name(".log.csv.part")
         with open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
-            writer.writerows(self._rows)
+            writer.writerows(rows)
         part.replace(self._path)
         self._file = open(self._path, "a", buffering=1, newline="")  # noqa: SIM115  close()
         self._writer = csv.DictWriter(self._file, self._columns)
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         row = {"step": step, **figures}
-        self._rows.append(row)
         if row.keys() <= set(self._columns):
             self._writer.writerow(row)
         else:
             self._file.close()
-            self._start()
+            self._start(read_log(self._path.with_suffix(".jsonl")))  # this one is in it already
 
     def close(self) -> None:
         self._file.close()
@@ -267,8 +272,7 @@ class Meter:
             self._bar.update(self._task, completed=done, text=text)
         elif not self._silent and time.monotonic() - self._spoke > 10:
             self._spoke = time.monotonic()
-            self._stream.write(f"{self._what} {done}/{self._total} {text}\n")
-            self._stream.flush()
+            _speak(self._stream, f"{self._what} {done}/{self._total} {text}")
 
     def __enter__(self) -> Meter:
         return self
@@ -280,7 +284,8 @@ class Meter:
         trace: TracebackType | None,
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError, SystemExit):  # what rich makes of a broken pipe
+                self._bar.stop()
             Meter.live = False
 
 

@@ -75,7 +75,9 @@ def pretrain(name: str, config: Pretrain) -> Path:
         if summary.exists() and _finished(out, config, source):
             say(f"{out} is finished; more --epochs would extend it")
             return out
-        untrained = methods.build(name, config, len(source)).backbone
+        # of a million images, banks and prototypes would take seconds
+        images = len(source) if config.init_policy == "all" else 1
+        untrained = methods.build(name, config, images).backbone
         _say_what_chunks_change(name, config)
         method, done, wanted, seen = _trained(name, config, source, probe, out)
         if done < wanted:

@@ -62,13 +62,14 @@ def scale(
         inside, latency = link["GB/s"], link["microseconds"]
     speeds = {"inside": inside * 1e9, "between": between * 1e9, "latency": latency / 1e6}
     shapes = [Cluster(machines=m, devices=devices, **speeds) for m in machines]
-    shapes += [Cluster(machines=1, devices=ranks, **speeds)] if ranks > 1 else []
+    own = Cluster(machines=1, devices=ranks, **speeds)
+    shapes += [own] if ranks > 1 and own not in shapes else []
     alone = measured(name, config, images, len(source), 1)
     steps = {1: alone}
     for world in sorted({shape.world for shape in shapes} - {1}):
         steps[world] = measured(name, config, images, len(source), world)
     cores = distributed.cores() * distributed.local_world()
-    found = [(s, predicted(steps[s.world], alone, s, views * cores)) for s in shapes]
+    found = {s: predicted(steps[s.world], alone, s, views * cores) for s in shapes}
     result: dict[str, Any] = {
         "method": name,
         "images_per_device": images,
@@ -77,7 +78,7 @@ def scale(
         "views_per_second_and_core": round(views, 1),
         "cores": cores,
         "link": {"inside": inside, "between": between, "latency": latency, "measured": ranks > 1},
-        "predicted": [_row(shape, steps[shape.world], what) for shape, what in found],
+        "predicted": [_row(shape, steps[shape.world], what) for shape, what in found.items()],
         "assumptions": list(ASSUMPTIONS),
         "protocol": {
             "backbone": config.backbone,
@@ -93,7 +94,7 @@ def scale(
         together = _together(name, config, images, len(source))
         told = steps[ranks]
         computed = told.forward + told.backward + told.update
-        told_step = computed + found[-1][1].gradients + found[-1][1].exchange
+        told_step = computed + found[own].gradients + found[own].exchange
         result["checked"] = {
             "ranks": ranks,
             "predicted_ms": round(1000 * told_step, 1),
@@ -130,7 +131,7 @@ def measured(name: str, config: Pretrain, images: int, source_images: int, world
         work.step(work.method)
         told = tuple(sent)
         times = [work.step(work.method) for _ in range(_STEPS)]
-    forward, backward, rest = map(min, zip(*times, strict=True))
+    forward, backward, rest = min(times, key=sum)
     gradients = sum(p.nbytes for p in parallel.members(work.optimizer))
     return Step(
         images=images,

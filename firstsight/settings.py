@@ -179,7 +179,7 @@ class Pretrain:
     max_bad: float = 0.01
     """Share of undecodable images above which the run refuses to go on."""
     skip_nonfinite: int = 0
-    """Steps in a row that may be left out where gradients are not finite; more end the run."""
+    """Steps in a row to leave out where gradients are not finite; more: as where the loss is."""
     save_every: int = 500
     """Steps between checkpoints."""
     keep: int = 2
@@ -245,8 +245,9 @@ class Pretrain:
                 raise UserError(f"{flag(name)} must not be below 0: {getattr(self, name)}")
         if self.parallel == "fsdp" and (self.optimizer == "lars" or self.compile):
             raise UserError("--parallel fsdp takes --optimizer adamw or sgd, and no --compile")
-        if self.parallel == "fsdp" and self.precision == "fp16":
-            raise UserError("--parallel fsdp knows no --precision fp16; use --precision bf16")
+        if self.parallel == "fsdp" and (self.precision == "fp16" or self.skip_nonfinite):
+            told = "knows neither --precision fp16 nor --skip-nonfinite; use --precision bf16"
+            raise UserError(f"--parallel fsdp {told}")
         if self.batch_size < 2:
             raise UserError(f"--batch-size must be 2 or more, not {self.batch_size}")
         if self.weight_decay_end is not None and not (self.weight_decay_end >= 0):

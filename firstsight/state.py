@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firstsight import checkpoint, distributed, fetched, keyed, parallel, room
+from firstsight import checkpoint, distributed, fetched, guards, keyed, parallel, room
 from firstsight.backbones import Backbone
 from firstsight.errors import UserError
 from firstsight.log import say
@@ -54,7 +54,7 @@ class State:
     """Images that could not be decoded."""
 
     def __post_init__(self) -> None:
-        self._fingerprint = self.source.fingerprint()
+        self._fingerprint, self._contents = self.source.fingerprint(), self.source.contents()
         self._folder = self.out / "checkpoints"
         self._writer = checkpoint.Writer()
         self._warned = False
@@ -100,11 +100,13 @@ class State:
                 raise UserError(f"{path} is of another run, {flag(key)} {was} (here {now[key]})")
 
     def _compare_sources(self, saved: dict[str, Any]) -> None:
-        if saved["source"] == self._fingerprint:
-            return
-        was, now = saved.get("images", "other"), len(self.source)
         what = f"{self.source.spec} no longer holds the images that {self.out} was trained on"
-        what += f" ({was} then, {now} now)"
+        if saved["source"] != self._fingerprint:
+            what += f" ({saved.get('images', 'other')} then, {len(self.source)} now)"
+        elif saved.get("contents", self._contents) != self._contents:
+            what += " (the names are the same, their files are others)"
+        else:
+            return
         if not self.config.allow_changed_data:
             raise UserError(
                 f"{what}; use --allow-changed-data to go on with these, or --out for another run"
@@ -114,18 +116,19 @@ class State:
     def advance(self, stepped: bool, seconds: float) -> None:
         """Count a step that took so long; `stepped`: the optimiser made it.
 
-        Raises `UserError` where a checkpoint could not be written since the last one.
+        Raises `UserError` where a checkpoint could not be written since the last one, and
+        `guards.NonFinite` after more steps in a row without an update than are allowed.
         """
         self.step, self.seconds = self.step + 1, self.seconds + seconds
         self.skipped += not stepped
         self._in_a_row = 0 if stepped else self._in_a_row + 1
         self._writer.check()
+        if not stepped and self.config.precision != "fp16":
+            self.scaler.update(1.0)  # it halves its scale, which here would never grow again
         if self._in_a_row > self.config.skip_nonfinite > 0:
-            raise UserError(
-                f"{self._in_a_row} steps in a row, step {self.step} the last, had gradients that "
-                f"are not finite (--skip-nonfinite {self.config.skip_nonfinite}); start another "
-                "run with a lower --lr, a longer --warmup-epochs or --precision fp32"
-            )
+            what = f"{self._in_a_row} steps in a row, step {self.step} the last, had gradients that"
+            what += f" are not finite (--skip-nonfinite {self.config.skip_nonfinite})"
+            raise guards.since_last_good(what, self.out)
 
     def _open_stores(self, step: int | None) -> None:
         """Have rows that rest outside the checkpoint as they were when it was saved."""
@@ -142,6 +145,7 @@ class State:
         values |= {"optimizer": parallel.gathered_optimizer(self.optimizer)}
         values |= {"scaler": self.scaler.state_dict()}
         values |= {"source": self._fingerprint, "images": len(self.source)}
+        values |= {"contents": self._contents}
         values |= {"probes": self.online.state_dict() if self.online else {}}
         values |= {"about": about(self.method, self.config)}
         values |= {"name": self.name, "settings": plain(self.config)}

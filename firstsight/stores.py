@@ -158,8 +158,10 @@ class File:
         logs = [path for path in reversed(_logs(folder)) if _step(path) >= step]
         rows, size = folder / "rows", self.count * self.kind.itemsize
         if not logs or _step(logs[-1]) != step or not rows.exists() or rows.stat().st_size != size:
+            ways = ", ".join(str(_step(log)) for log in _logs(folder)) or "no step"
             raise UserError(
-                f"the prototypes in {folder} cannot be taken back to step {step}; use another --out"
+                f"the prototypes in {folder} cannot be taken back to step {step} (they can to "
+                f"{ways}: as far as --keep, not --keep-every); use another --out"
             )
         with _told(folder):
             self._rows = open(rows, "r+b", buffering=0)  # noqa: SIM115
@@ -174,14 +176,15 @@ class File:
     def commit(self, step: int, keep: int) -> None:
         """Let the rows as they are now be those of the checkpoint after `step`, about to be saved.
 
-        The way back to the `keep` checkpoints before it stays open too.
+        The way back to the `keep` checkpoints before it stays open too, and to one more: it is the
+        newest whole one as long as its successor is being written.
         """
         if self._rows is None:
             return
         with _told(self._folder):
             os.fsync(self._rows.fileno())
             self._start_log(step)
-            for old in _logs(self._folder)[: -keep - 1]:
+            for old in _logs(self._folder)[: -keep - 2]:
                 old.unlink()
 
     def map(self, folder: Path) -> None:

@@ -31,7 +31,8 @@ from firstsight.log import say
 _BEATS = 2.0
 """Seconds between heartbeats, at most."""
 _SILENT = 10
-"""Looks at a heartbeat that has not changed, after which its process is gone."""
+"""Looks at a heartbeat that has not changed, after which its process is gone where more says so:
+the system, or a broken connection. One that is merely slow has as long as a step may take."""
 _FAILED = 2
 """The same for one that said that it failed: others may be about to say so too."""
 _ALIKE = 0.01
@@ -69,7 +70,7 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watches", daemon=True)
         self._beats = dict.fromkeys(self._ranks, (-1, 0))  # of each rank: the last, looks since
         self._count = self._still = 0
-        self._seen, self._leaving = -1, False
+        self._seen, self._leaving, self._broken = -1, False, False
         self._asked = self._waited = self._since = 0.0
         self._images = self._alike = 0
         self._scarce = False
@@ -138,7 +139,8 @@ class Watch:
         trace: TracebackType | None,
     ) -> None:
         self._leaving = True
-        said = self._who_is_gone() if distributed.broken(error) else ""
+        self._broken = distributed.broken(error)
+        said = self._who_is_gone() if self._broken else ""
         self._stop.set()
         self._thread.join()
         self._doing = _ENDED if error is None else f"{_ENDED}: {said or _line(error)}"
@@ -202,13 +204,15 @@ class Watch:
         self._count += 1
         said = {"rank": self._rank, "step": self._step, "doing": self._doing, "beat": self._count}
         said |= {"host": socket.gethostname(), "pid": os.getpid()}
+        part = self._path("part")
         with contextlib.suppress(OSError):  # a full disk is told by those who need it
-            self._path("json").write_text(json.dumps(said) + "\n")
+            part.write_text(json.dumps(said) + "\n")
+            part.replace(self._path("json"))  # nobody reads half of it
 
     def _listen(self) -> None:
-        for rank in self._ranks:
+        for rank in {*self._ranks} - {self._rank}:
             beat, looks = self._beats[rank]
-            now = self._said(rank).get("beat", beat)  # half written: as before
+            now = self._said(rank).get("beat", beat)  # unreadable for once: as before
             self._beats[rank] = (now, 0 if now != beat else looks + 1)
 
     def _said(self, rank: int) -> dict[str, Any]:
@@ -221,30 +225,42 @@ class Watch:
         """Ranks that write no heartbeat any more, or ended as they should not."""
         found = []
         for rank in self._ranks:
-            looks, doing = self._beats[rank][1], str(self._said(rank).get("doing"))
-            failed = doing.startswith(f"{_ENDED}:")
-            if doing != _ENDED and looks >= (_FAILED if failed else _SILENT):
+            looks, said = self._beats[rank][1], self._said(rank)
+            doing = str(said.get("doing"))
+            if doing.startswith(f"{_ENDED}:"):
+                enough = looks >= _FAILED
+            elif self._lost(said):
+                enough = looks >= _SILENT
+            else:
+                enough = looks * self._every > self._timeout
+            if enough and doing != _ENDED:
                 found.append(rank)
         return found
+
+    def _lost(self, said: dict[str, Any]) -> bool:
+        """Whether more than its silence says that a rank is gone."""
+        return self._broken or _is_dead(said)
 
     def _verdict(self) -> str:
         """Which rank it is, in a sentence: one that is gone, or the one furthest behind."""
         said = {rank: self._said(rank) for rank in self._ranks}
         for rank in self._gone():
             doing = str(said[rank].get("doing"))
-            if not doing.startswith(_ENDED):
-                return self._told(rank, said[rank], f"is gone (it {doing}, then fell silent)")
-            if f"{_ENDED}: rank" not in doing:  # else it names another one
+            if doing.startswith(f"{_ENDED}: rank"):  # it names another one
+                return doing.removeprefix(f"{_ENDED}: ")
+            if doing.startswith(_ENDED):
                 return self._told(rank, said[rank], doing)
+            if self._lost(said[rank]):
+                return self._told(rank, said[rank], f"is gone (it {doing}, then fell silent)")
+        silent = [rank for rank in self._ranks if self._beats[rank][1] >= _SILENT]
         behind = min(
-            self._ranks,
+            silent or self._ranks,
             key=lambda r: (said[r].get("step", 0), said[r].get("doing") != _WAITING),
         )
-        return self._hangs(behind, said[behind])
-
-    def _hangs(self, rank: int, said: dict[str, Any]) -> str:
-        what = f"hangs: it {said.get('doing')} for {self._still * self._every:.0f} s"
-        return self._told(rank, said, what)
+        seconds = max(self._still, self._beats[behind][1]) * self._every
+        what = f"hangs: it {said[behind].get('doing')} for {seconds:.0f} s"
+        what += ", its heartbeat stands still" if silent else ""
+        return self._told(behind, said[behind], what)
 
     def _told(self, rank: int, said: dict[str, Any], what: str) -> str:
         who = f"rank {rank} of {len(self._ranks)}" if len(self._ranks) > 1 else "the run"
@@ -262,6 +278,19 @@ class Watch:
 
     def _path(self, kind: str, rank: int | None = None) -> Path:
         return self._folder / f"rank-{self._rank if rank is None else rank:04d}.{kind}"
+
+
+def _is_dead(said: dict[str, Any]) -> bool:
+    """Whether a process is known to have died: of one on another machine nobody here knows."""
+    if said.get("host") != socket.gethostname() or not hasattr(signal, "SIGKILL"):
+        return False
+    try:
+        os.kill(int(said["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it lives, and is another user's
+        pass
+    return False
 
 
 def _line(error: BaseException) -> str:

@@ -263,6 +263,18 @@ def test_flags_of_coming_from_exist_and_what_is_not_yet_there_does_not(capsys, m
     assert checked > 100
 
 
+def test_every_fault_of_reliability_names_tests_that_there_are():
+    """In the last cell of each row: `file.py`: `part of a name`, ...; `file.py`: ..."""
+    tests = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    found = [rows for header, rows in tables(ROOT / "docs/reliability.md") if header[-1] == "test"]
+    cells = [row[-1] for rows in found for row in rows]
+    assert len(cells) > 20 and all(re.match(r"`test_\w+\.py`: `", cell) for cell in cells), cells
+    for cell in cells:
+        for file, names in re.findall(r"`(test_\w+\.py)`: ((?:`\w+`(?:, )?)+)", cell):
+            for name in re.findall(r"`(\w+)`", names):
+                assert re.search(rf"^def test_\w*{name}", tests[file], re.M), f"{file}: {name}"
+
+
 def test_links_between_pages_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

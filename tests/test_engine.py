@@ -6,19 +6,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 
-from firstsight import backbones, checkpoint, distributed, engine, folders, loader, run, update
+from firstsight import backbones, distributed, engine, folders, guards, loader, run, update
 from firstsight.errors import UserError
 from firstsight.features import Reader, extract, subset
 from firstsight.log import read_log
 from firstsight.order import Epochs
 from firstsight.probe import KnnProbe
-from firstsight.schedule import Schedule, due
+from firstsight.schedule import due
 from tests.tiny import Patches, config
 
 
@@ -106,90 +105,6 @@ def test_nothing_readable_at_all_is_one_sentence():
         steps_of(Patches(unreadable=tuple(range(48))), 0, count=1)
 
 
-def test_a_nonfinite_loss_stops_the_run_with_the_last_good_checkpoint(tmp_path, monkeypatch):
-    real, calls = update.on_device, iter(range(100))
-
-    def poisoned(*arguments):
-        batch = real(*arguments)
-        if next(calls) == 7:
-            return dataclasses.replace(batch, views=(batch.views[0] * torch.nan, batch.views[1]))
-        return batch
-
-    monkeypatch.setattr(update, "on_device", poisoned)
-    with pytest.raises(UserError) as caught:
-        train(tmp_path)
-    text = str(caught.value)
-    assert "nan at step 7" in text and "step-00000006.pt" in text
-    assert "running_mean" in text or "gradient of" in text
-    state = checkpoint.read(tmp_path / "checkpoints" / "last")
-    assert state["step"] == 6
-    assert all(t.isfinite().all() for t in state["method"].values())
-
-
-def test_an_update_that_breaks_the_networks_is_never_saved(tmp_path, monkeypatch):
-    """The loss of the step was finite; the weights after it are not."""
-    real = Schedule.rate
-    broken = lambda self, step: float("inf") if step == 5 else real(self, step)  # noqa: E731
-    monkeypatch.setattr(Schedule, "rate", broken)
-    with pytest.raises(UserError, match=r"broke the networks at step 5.*step-00000003\.pt"):
-        train(tmp_path)
-    assert checkpoint.read(tmp_path / "checkpoints" / "last")["step"] == 3
-
-
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
-    """In a process of its own that may write no file of more than 300 kB."""
-    checkpoint.save(tmp_path, 1, {"step": 1, "x": torch.zeros(10)}, keep=2)
-    script = f"""
-import resource, signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-import torch
-from pathlib import Path
-from firstsight import checkpoint
-from firstsight.errors import UserError
-resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-try:
-    checkpoint.save(Path({str(tmp_path)!r}), 2, {{"step": 2, "x": torch.randn(200_000)}}, keep=1)
-except UserError as error:
-    print("refused:", error)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "refused: cannot write" in done.stdout and "make room" in done.stdout, done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step-00000001.pt"]
-    assert checkpoint.read(tmp_path / "last")["step"] == 1
-
-
-def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, capsys):
-    train(tmp_path, keep=3)
-    newest = (tmp_path / "checkpoints" / "last").resolve()
-    newest.write_bytes(newest.read_bytes()[:5000])
-    trained = train(tmp_path, keep=3)
-    assert trained.done == trained.wanted == 12
-    assert "is not a readable checkpoint" in capsys.readouterr().err
-
-
-def test_a_checkpoint_of_another_architecture_is_refused_by_name(tmp_path):
-    train(tmp_path)
-    with pytest.raises(UserError, match=r"another architecture: .*check --backbone and --stem"):
-        train(tmp_path, backbone="resnet18", epochs=3.0)
-
-
-def test_other_images_are_refused(tmp_path):
-    train(tmp_path)
-    with pytest.raises(UserError, match="no longer holds the images"):
-        train(tmp_path, Patches(49), epochs=3.0)
-
-
-def test_a_hostile_checkpoint_executes_nothing(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/owned",)
-
-    torch.save({"step": 1, "x": Evil()}, tmp_path / "step-00000001.pt")
-    with pytest.raises(UserError, match="not a readable checkpoint"):
-        checkpoint.read(tmp_path / "step-00000001.pt")
-    assert not (tmp_path / "owned").exists()
-
-
 def probe_of(source):
     reader = Reader(size=32, batch_size=16)
     return KnnProbe(
@@ -233,46 +148,6 @@ def test_moments_of_a_run_are_evenly_spread():
     assert not due(5, 5, 0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_a_run_that_goes_on_to_the_same_end(number, tmp_path):
-    """A real process, a real signal, loader workers and all."""
-
-    def command(folder):
-        return [
-            *(sys.executable, "-m", "firstsight", "pretrain", "simclr"),
-            *("--data", "scenes:train@256", "--backbone", "timm:test_resnet", "--size", "32"),
-            *("--epochs", "6", "--batch-size", "16", "--out", str(folder), "--workers", "1"),
-            *(
-                "--log-every",
-                "1",
-                "--precision",
-                "fp32",
-                "--layout",
-                "contiguous",
-                "--threads",
-                "1",
-            ),
-        ]
-
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
-    process = subprocess.Popen(
-        command(tmp_path / "cut"), stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    log = tmp_path / "cut" / "log.jsonl"
-    while len(read_log(log)) < 10:
-        time.sleep(0.02)
-        assert process.poll() is None
-    os.killpg(process.pid, number)  # as a terminal or a scheduler does: workers get it too
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in err, err
-    subprocess.run(command(tmp_path / "cut"), check=True, capture_output=True)
-    whole, cut = (torch.load(tmp_path / name / "checkpoints" / "last") for name in ("whole", "cut"))
-    assert all(torch.equal(whole["method"][key], cut["method"][key]) for key in whole["method"])
-    assert [r["step"] for r in read_log(log)] == list(range(1, 97))
-    assert json.loads((tmp_path / "cut" / "summary.json").read_text())["steps"] == 96
-
-
 def test_classes_are_matched_by_name_and_not_by_number(tmp_path):
     from PIL import Image
 
@@ -288,14 +163,6 @@ def test_classes_are_matched_by_name_and_not_by_number(tmp_path):
     assert bank.tolist() == [0, 1, 2] and asked.tolist() == [0, 2]
     with pytest.raises(UserError, match=r"--test .*odd has a class 'newt' that --train"):
         common_labels(train, odd, "--train", "--test")
-
-
-def test_going_back_past_a_damaged_checkpoint_keeps_what_is_saved_next(tmp_path):
-    for step in (1, 3):
-        checkpoint.save(tmp_path, step, {"step": step}, keep=5)
-    checkpoint.save(tmp_path, 2, {"step": 2}, keep=1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step-00000002.pt"]
-    assert checkpoint.read(tmp_path / "last")["step"] == 2
 
 
 def test_a_refused_command_changes_nothing_and_is_refused_again(tmp_path):
@@ -505,3 +372,17 @@ def test_adamw_and_the_step_schedule_train_too(tmp_path):
     train(tmp_path, optimizer="adamw", lr=1e-3, schedule="step", warmup_epochs=0.0)
     rates = [r["lr"] for r in read_log(tmp_path / "log.jsonl")]
     assert rates == pytest.approx([1e-3] * 8 + [1e-4] * 2 + [1e-5] * 2)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals that go away")
+def test_a_terminal_that_goes_away_asks_to_stop_unless_nohup_says_otherwise():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, expected in ((signal.SIG_IGN, False), (signal.SIG_DFL, True)):
+            signal.signal(signal.SIGHUP, handler)
+            with guards.stop_signal() as stopped:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert stopped() == expected
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -4,12 +4,16 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.rough_weather import TINY
 from firstsight import cli, distributed, folders, slurm
 from firstsight.errors import UserError
 
@@ -165,5 +169,53 @@ def test_two_machines_train_by_the_lines_that_the_first_one_prints(tmp_path):
             said = [process.communicate(timeout=240)[0] for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), said
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 2
-    beats = [json.loads(path.read_text()) for path in (tmp_path / "run/watch").glob("*.json")]
-    assert sorted(beat["rank"] for beat in beats) == [0, 1]
+    assert sorted(beat["rank"] for beat in beats(tmp_path / "run")) == [0, 1]
+
+
+SRUN = """#!{python}
+import os, subprocess, sys
+told = dict(SLURM_STEP_ID="0", SLURM_NTASKS="2", SLURM_JOB_NODELIST="localhost")
+told |= dict(SLURM_TASKS_PER_NODE="2", SLURM_CPUS_PER_TASK="1", PYTHONPATH={path!r})
+words = [sys.executable, "-m", *sys.argv[1:], *{more!r}]
+tasks = []
+for task in "01":
+    place = dict(SLURM_PROCID=task, SLURM_LOCALID=task)
+    tasks.append(subprocess.Popen(words, env=os.environ | told | place))
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+
+def beats(out):
+    """The heartbeats of a run."""
+    return [json.loads(path.read_text()) for path in (out / "watch").glob("*.json")]
+
+
+@pytest.mark.slow
+def test_the_script_for_slurm_queues_a_run_again_that_was_asked_to_stop(tmp_path):
+    """As docs/cluster.md has it, but smaller; srun is one of ours that starts two real tasks."""
+    page = (Path(__file__).parents[1] / "docs/cluster.md").read_text()
+    script = re.search(r"^(#!/bin/bash\n#SBATCH.*?)^```", page, re.M | re.S)[1]
+    (tmp_path / "pretrain.sbatch").write_text(script)
+    more = [*TINY, "--epochs", "12", "--workers", "0", "--save-every", "500", "--log-every", "50"]
+    fakes = {"srun": SRUN.format(python=sys.executable, path=os.pathsep.join(sys.path), more=more)}
+    fakes["scontrol"] = '#!/bin/bash\necho "$@" >> asked\n'
+    for name, text in fakes.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "SLURM_JOB_ID": str(os.getpid())}
+    out, job = tmp_path / "runs/slurm", ["bash", "pretrain.sbatch"]
+    with subprocess.Popen(job, env=environment, cwd=tmp_path, stderr=subprocess.PIPE) as process:
+        while min([beat["step"] for beat in beats(out)], default=0) < 5:
+            time.sleep(0.05)
+            assert process.poll() is None, process.communicate()
+        for beat in beats(out):  # as srun hands it on to all tasks
+            os.kill(beat["pid"], signal.SIGUSR1)
+        _, err = process.communicate(timeout=60)
+    assert (tmp_path / "asked").exists(), err
+    assert (tmp_path / "asked").read_text() == f"requeue {os.getpid()}\n"
+    last = torch.load(out / "checkpoints/last")["step"]
+    assert 5 <= last < 50  # before the first line of the log, and until it is known how long one is
+    subprocess.run(job, env=environment, cwd=tmp_path, check=True, capture_output=True)
+    assert json.loads((out / "summary.json").read_text())["steps"] == 96
+    assert (tmp_path / "asked").read_text().count("requeue") == 1

@@ -46,6 +46,41 @@ def test_a_table_asked_for_later_holds_the_whole_run(tmp_path):
     assert rows(tmp_path) == [{"step": "10", "loss": "3.0"}]
 
 
+def test_a_damaged_line_of_the_log_costs_no_other(tmp_path):
+    first = log.Log(tmp_path, 0, ["jsonl"])
+    for step in range(1, 6):
+        first.write(step, {"loss": step / 2})
+    first.close()
+    file = tmp_path / "log.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[1] = b"\xff" + lines[1][1:]
+    lines[2] = lines[2].replace(b'"step"', b'"stfp"')
+    file.write_bytes(b"".join(lines)[:-4])  # and the last is half written
+    log.Log(tmp_path, 4, ["jsonl"]).close()  # goes on after step 4
+    assert [json.loads(line) for line in file.open()] == [
+        {"step": 1, "loss": 0.5},
+        {"step": 4, "loss": 2.0},
+    ]
+
+
+class Gone:
+    """What stderr is when the terminal or the pipe behind it has gone."""
+
+    def isatty(self):
+        return False
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_a_run_goes_on_when_nobody_listens(monkeypatch):
+    monkeypatch.setattr("sys.stderr", Gone())
+    log.say("stopping")
+    with log.Meter("simclr", 0, 10) as meter:
+        meter._spoke -= 60
+        meter.show(3, "loss 1.0")
+
+
 FAKE = """
 import json, pathlib
 asked = []

@@ -144,7 +144,8 @@ def without_blocks(rank, folder):
 
 def test_what_cannot_be_cut_is_refused(on_ranks, tmp_path):
     on_ranks(without_blocks, tmp_path)
-    for values in ({"optimizer": "lars"}, {"compile": True}, {"precision": "fp16"}):
+    numbers = [{"precision": "fp16"}, {"skip_nonfinite": 1}]
+    for values in ({"optimizer": "lars"}, {"compile": True}, *numbers):
         with pytest.raises(UserError, match="--parallel fsdp"):
             config("mocov3", tmp_path, parallel="fsdp", **values)
 

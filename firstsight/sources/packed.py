@@ -90,6 +90,10 @@ class Packed(Source):
         width, height = row["size"].tolist()
         return np.frombuffer(data, np.uint8).reshape(height, width, 3)
 
+    def contents(self) -> str:
+        """Of the hashes of all images."""
+        return hashlib.sha256(self._table["hash"].tobytes()).hexdigest()[:16]
+
     def damaged(self, index: int) -> bool:
         """Whether the bytes of image `index` differ from their hash."""
         row = self._table[index]

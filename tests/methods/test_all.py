@@ -77,6 +77,14 @@ def test_gradients_reach_exactly_what_is_trained(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_backbone_begins_the_same_for_any_number_of_images(name, tmp_path):
+    """So that of 1 stands for it where banks and prototypes are not looked at."""
+    few, many = (methods.build(name, config(name, tmp_path), images) for images in (1, 48))
+    state = many.backbone.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in few.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_momentum_encoder_is_really_used_and_moves_alone(name, tmp_path):
     method, settings = built(name, tmp_path)
     copies = [m for m in method.modules() if isinstance(m, MomentumEncoder)]
