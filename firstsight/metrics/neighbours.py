@@ -22,7 +22,7 @@ some hundred rows takes an eighth less time than one of half as many, and twice 
 more; what is searched must still be in the last cache."""
 _ROWS = 128
 """Fewer rows than that would make the matrix product wait for memory."""
-_GROUP = 8
+_GROUP = 4
 """Columns of which the largest stands for all in the search for the largest of a row."""
 
 
