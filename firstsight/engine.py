@@ -101,8 +101,7 @@ def pretrain(
             done, progress = step + 1, step / steps
             logging = done % config.log_every == 0 or done == steps
             reading = online is not None and due(done, steps, config.probe_readings + 1)
-            asking = distributed.world() == 1 or slow or logging
-            stopping = asking and distributed.anyone(stopped())
+            stopping = (distributed.world() == 1 or slow or logging) and distributed.anyone(stopped())
             saving = done % config.save_every == 0 or done == steps or stopping
             keeping = due(done, steps, SNAPSHOTS)
 

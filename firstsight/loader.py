@@ -324,7 +324,8 @@ def on_device(
 ) -> Batch:
     """The batch as a method sees it: on the device, coloured there if so, normalised floats.
 
-    `compiled`, the colours are fused, where a compiler can do that.
+    `compiled`, the colours are fused, where a compiler can do that. Not to be called in autocast:
+    blurred in bfloat16, levels would have 8 bits with their sign.
     """
     batch = batch.to(device)
     if batch.colours:

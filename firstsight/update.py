@@ -28,7 +28,6 @@ def gradients(
     with Queue.still(model):
         for chunk in chunks:
             share = len(chunk) / len(batch)
-            # not inside the cast: blurred in bfloat16, levels would have 8 bits with their sign
             seen = on_device(chunk, config.views, device, layout, config.compile)
             with parallel.averaging(model, now=chunk is chunks[-1]):
                 with cast_to(config.precision, device):
