@@ -94,14 +94,14 @@ def pretrain(
             log.write(0, {"epoch": 0.0, **readings})
 
     seen: Seen | None = None
-    new_bad, slow = set[str](), True  # slow steps: to ask all ranks at each of them costs nothing
+    new_bad, often = set[str](), True  # to ask all ranks at each of slow steps costs nothing
     watch = Watch(out, config.timeout)
     with Meter(name, first, steps) as meter, guards.stop_signal() as stopped, state, watch:
         for step, batch in watch.over(stream, first):
             done, progress = step + 1, step / steps
             logging = done % config.log_every == 0 or done == steps
             reading = online is not None and due(done, steps, config.probe_readings + 1)
-            stopping = (distributed.world() == 1 or slow or logging) and distributed.anyone(stopped())
+            stopping = (often or logging) and distributed.anyone(stopped())
             saving = done % config.save_every == 0 or done == steps or stopping
             keeping = due(done, steps, SNAPSHOTS)
 
@@ -132,7 +132,8 @@ def pretrain(
                     **{key: distributed.mean(value) for key, value in output.scalars.items()},
                 }
                 watch.note(figures)
-                slow = distributed.anyone(figures["images_per_second"] < config.batch_size)
+                slow = figures["images_per_second"] < config.batch_size or distributed.world() == 1
+                often = distributed.anyone(slow)
                 if scaler.is_enabled():
                     figures["skipped_steps"] = float(state.skipped)
                 if reading:
