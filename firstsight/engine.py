@@ -62,9 +62,8 @@ def pretrain(
     method = methods.build(name, config, len(source))
     method.to(device, memory_format=layout)  # type: ignore[call-overload]
     optimizer, scaler = optim.of(method, config), update.scaler(config)
-    online = None
-    if probe and config.probe != "none":
-        online = Online(probe, config, source, method.backbone.width, device)
+    probe = None if config.probe == "none" else probe
+    online = Online(probe, config, source, method.backbone.width, device) if probe else None
     state = State(
         out=out,
         name=name,
