@@ -89,7 +89,7 @@ terminal that goes away."""
 def stop_signal() -> Iterator[Callable[[], bool]]:
     """While inside, `STOPPING` signals do not end the process; the value says whether one came.
 
-    One that is ignored (SIGHUP, by nohup) stays so.
+    A SIGHUP that is ignored, by nohup, stays so.
     """
     came: list[int] = []
 
@@ -99,7 +99,9 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
         came.append(number)
 
     try:
-        heard = [s for s in STOPPING if signal.getsignal(s) is not signal.SIG_IGN]
+        hangup = getattr(signal, "SIGHUP", None)
+        ignored = hangup is not None and signal.getsignal(hangup) is signal.SIG_IGN
+        heard = [s for s in STOPPING if not (s == hangup and ignored)]
         before = {s: signal.signal(s, note) for s in heard}
     except ValueError:  # not the main thread: signals go elsewhere
         before = {}

@@ -63,7 +63,12 @@ def test_what_people_and_schedulers_send_before_they_kill_leaves_a_checkpoint(
     number, whole, tmp_path
 ):
     """To the whole group, as a terminal does: workers get it too."""
-    process = begun(command(tmp_path, *AT_WORK), tmp_path / "log.jsonl", 10, start_new_session=True)
+
+    def heard():  # also where these tests run behind nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    own = {"start_new_session": True, "preexec_fn": heard}
+    process = begun(command(tmp_path, *AT_WORK), tmp_path / "log.jsonl", 10, **own)
     asked = time.monotonic()
     if number == "SIGHUP":  # the terminal goes away, and nobody reads what is said
         process.stderr.close()
