@@ -88,6 +88,7 @@ class State:
         self.step, self.seconds = int(saved["step"]), float(saved["seconds"])
         self.skipped, self.bad = int(saved.get("skipped", 0)), set(saved["bad"])
         self.salt += int(saved.get("salt", 0))
+        say(f"{self.out}: going on from step {self.step}")
 
     def _refuse_others(self, saved: dict[str, Any], path: Path) -> None:
         """Refuse the checkpoint of another run, whoever put it here."""

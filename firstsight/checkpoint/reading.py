@@ -41,7 +41,10 @@ def read(path: Path) -> dict[str, Any]:
                 f"{path} is not a readable checkpoint: it asks for {asked[1]}, which weights do not"
                 " need; nothing of it was run; save its state_dict alone where it comes from"
             ) from error
-        raise UserError(f"{path} is not a readable checkpoint ({first_line(error)})") from error
+        reason = "no file of torch, or a damaged one"
+        if not isinstance(error, pickle.UnpicklingError):
+            reason = first_line(error)
+        raise UserError(f"{path} is not a readable checkpoint ({reason})") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
     return state
