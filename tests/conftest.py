@@ -9,6 +9,14 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    """A run sets how many threads torch takes, and sums come out otherwise with more of them."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
