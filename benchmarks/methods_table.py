@@ -47,8 +47,8 @@ METHODS: dict[str, list[str]] = {
 METHODS["tobias"] = [*METHODS["mocov2"], "--views.merge.probability", "0.3"]
 SLIDING = {"epochs": ["sliding", "--window-size", "1024", "--window-stride", "128"]}
 METHODS["pic-sliding"] = [part for word in METHODS["pic"] for part in SLIDING.get(word, [word])]
-PUBLIC = {"tobias": "mocov2", "pic-sliding": "pic"}
-"""What `firstsight pretrain` calls those rows that are a method with something else changed."""
+METHOD_OF = {"tobias": "mocov2", "pic-sliding": "pic"}
+"""The method of those rows that are not named by theirs, but by what is changed in it."""
 
 
 def firstsight(*arguments: str) -> None:
@@ -66,14 +66,8 @@ def pretrain(name: str, folder: Path, epochs: float, seed: int, asked: argparse.
         judged = [] if folder.name.endswith("-rate") else [f"{asked.data}/val.zip"]
         options += [option for test in judged for option in ("--probe-test", test)]
         firstsight(
-            *(
-                "pretrain",
-                PUBLIC.get(name, name),
-                "--data",
-                f"{asked.data}/train.zip",
-                "--out",
-                str(folder),
-            ),
+            *("pretrain", METHOD_OF.get(name, name), "--out", str(folder)),
+            *("--data", f"{asked.data}/train.zip"),
             *("--backbone", "resnet18", "--epochs", str(epochs), "--seed", str(seed)),
             *("--threads", str(asked.threads), "--workers", "0", *options),
         )

@@ -66,19 +66,24 @@ def test_a_damaged_line_of_the_log_costs_no_other(tmp_path):
 class Gone:
     """What stderr is when the terminal or the pipe behind it has gone."""
 
+    def __init__(self):
+        self.asked = []
+
     def isatty(self):
         return False
 
     def write(self, text):
+        self.asked.append(text)
         raise BrokenPipeError(32, "Broken pipe")
 
 
 def test_a_run_goes_on_when_nobody_listens(monkeypatch):
-    monkeypatch.setattr("sys.stderr", Gone())
+    monkeypatch.setattr("sys.stderr", gone := Gone())
     log.say("stopping")
     with log.Meter("simclr", 0, 10) as meter:
         meter._spoke -= 60
         meter.show(3, "loss 1.0")
+    assert gone.asked == ["stopping\n", "simclr 3/10 loss 1.0\n"]
 
 
 FAKE = """

@@ -30,6 +30,7 @@ from firstsight.errors import UserError
 __all__ = [
     "Writer",
     "about_backbone",
+    "filled",
     "fit_backbone",
     "is_safetensors",
     "load_backbone",
@@ -109,7 +110,11 @@ def load_backbone(spec: str) -> tuple[Backbone, dict[str, Any]]:
     `torchvision:resnet50` or `timm:NAME` (published weights). Of a foreign file all tensors of the
     backbone must be there.
     """
-    fit = fit_backbone(spec)
+    return filled(fit_backbone(spec), spec)
+
+
+def filled(fit: Fit, spec: str) -> tuple[Backbone, dict[str, Any]]:
+    """The backbone of a fit and what is known about it; refused where tensors of it are missing."""
     if fit.gap:
         raise UserError(
             f"{spec} ({fit.format}) does not fill {fit.backbone.name}: {fit.gap}; firstsight"

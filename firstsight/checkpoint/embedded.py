@@ -10,6 +10,7 @@ from torch import nn
 from firstsight import checkpoint
 from firstsight.backbones import Embedding
 from firstsight.checkpoint.foreign import Foreign, Weights, taken, tensors
+from firstsight.checkpoint.networks import fitted
 from firstsight.errors import UserError
 
 HEADS = {"moco": "fc.", "seed": "fc.", "swav": "projection_head.", "torchvision": "fc."}
@@ -36,7 +37,7 @@ def load_embedding(spec: str, flag: str) -> tuple[Embedding, dict[str, Any]]:
     if not layers or (foreign.name == "torchvision" and len(layers) == 1):
         held = "a classifier" if layers else "nothing that is known here"
         raise UserError(f"{spec} has {held} on its backbone, no embedding; use {flag} backbone")
-    backbone, about = checkpoint.load_backbone(spec)
+    backbone, about = checkpoint.filled(fitted(foreign, spec), spec)
     return Embedding(backbone, nn.Sequential(*layers)).eval(), about
 
 

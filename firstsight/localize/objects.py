@@ -159,8 +159,8 @@ def _verdict(explained: dict[str, Any]) -> str:
     name, (low, high) = NAMES[explained["best_control"]], explained["interval"]
     beaten = "it sees more than that" if low > 0 else "nothing shows that it sees more than that"
     share = "" if explained["share"] is None else f", {100 * explained['share']:.0f} % of it"
-    if explained["control"] >= explained["score"]:
-        share = ", as much" if explained["control"] == explained["score"] else ", more than it"
+    if explained["control"] > explained["score"]:
+        share = ", more than it"
     return (
         f"CorLoc .5 is {explained['score']:.1f}; the best control ({name}) has "
         f"{explained['control']:.1f}{share}: {beaten} (difference {low:+.1f} to {high:+.1f})"

@@ -94,25 +94,17 @@ def test_flip_gray_and_solarize_are_those_of_one_view():
     assert_near(done(solarize=some), solarized, mean=0, largest=0)
 
 
-def test_blur_is_that_of_one_view_and_touches_no_other():
-    sigmas = (0.0, 0.1, 0.5, 0.0, 1.3, 2.0)
-    expected = [
-        apply.gaussian_blur(p, sigma) if sigma else p
-        for p, sigma in zip(PICTURES, sigmas, strict=True)
-    ]
-    got = done(sigmas=torch.tensor(sigmas, dtype=torch.float64))
-    assert_near(got, expected, mean=0.03, largest=1)
-    assert np.array_equal(got[[0, 3]], np.stack(PICTURES)[[0, 3]])
-
-
-def test_blur_by_resizing_is_that_of_one_view_and_touches_no_other():
-    shrinks = (0.0, 1.1, 1.5, 0.0, 1.2, 1.5)
-    expected = [
-        apply.resize_blur(p, times) if times else p
-        for p, times in zip(PICTURES, shrinks, strict=True)
-    ]
-    got = done(shrinks=torch.tensor(shrinks, dtype=torch.float64))
-    assert_near(got, expected, mean=0.2, largest=2)
+@pytest.mark.parametrize(
+    ("drawn", "one", "values", "mean", "largest"),
+    [
+        ("sigmas", apply.gaussian_blur, (0.0, 0.1, 0.5, 0.0, 1.3, 2.0), 0.03, 1),
+        ("shrinks", apply.resize_blur, (0.0, 1.1, 1.5, 0.0, 1.2, 1.5), 0.2, 2),
+    ],
+)
+def test_blur_is_that_of_one_view_and_touches_no_other(drawn, one, values, mean, largest):
+    expected = [one(p, v) if v else p for p, v in zip(PICTURES, values, strict=True)]
+    got = done(**{drawn: torch.tensor(values, dtype=torch.float64)})
+    assert_near(got, expected, mean=mean, largest=largest)
     assert np.array_equal(got[[0, 3]], np.stack(PICTURES)[[0, 3]])
 
 
