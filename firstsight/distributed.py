@@ -122,9 +122,8 @@ def cores() -> int:
     allowed = getattr(os, "sched_getaffinity", None)  # not on every platform
     here = len(allowed(0)) if allowed is not None else os.cpu_count() or 1
     if "SLURM_CPUS_PER_TASK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return min(
-            here, int(os.environ["SLURM_CPUS_PER_TASK"])
-        )  # srun binds it to cores of its own
+        # srun binds each rank to cores of its own; those of torchrun share what the agent has
+        return max(1, min(here, int(os.environ["SLURM_CPUS_PER_TASK"])))
     return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 

@@ -17,18 +17,13 @@ import torch
 from numpy.typing import NDArray
 
 from firstsight.views import IMAGENET_MEAN, Interpolation
-from firstsight.views.batched import weights
+from firstsight.views.batched import CUT, LUMA, weights
 from firstsight.views.draw import BRIGHTNESS, CONTRAST, SATURATION, Drawn
 
 Pixels = NDArray[np.uint8]
 """(H, W, 3) RGB."""
 
 Crop = Literal["centre", "whole"]
-
-LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow and OpenCV weigh the channels
-
-# Added before OpenCV rounds, so that it cuts fractions off; short of a half, for whole numbers.
-CUT = -0.499
 
 TINY = 48
 """Up to so many pixels a side of image and result, products of matrices resize fastest."""

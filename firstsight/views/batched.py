@@ -18,8 +18,10 @@ from firstsight.batch import Colours
 from firstsight.views import Interpolation
 from firstsight.views.draw import CONTRAST, HUE, SATURATION, SHRINKS
 
-_LUMA = (0.299, 0.587, 0.114)
-_CUT = -0.499  # added before rounding, as in `apply`
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow and OpenCV weigh the channels
+
+# Added before rounding, so that fractions are cut off; short of a half, for whole numbers.
+CUT = -0.499
 
 
 def coloured(views: Tensor, flips: Tensor, colours: Colours, compiled: bool = False) -> Tensor:
@@ -115,13 +117,13 @@ def _mixed(images: Tensor, own: Tensor, to_mean: Tensor, to_gray: Tensor) -> Ten
     gray = luma(images)
     mean = (gray.mean((1, 2, 3), keepdim=True) + 0.5).floor()
     mixed = own.view(-1, 1, 1, 1) * images + to_gray.view(-1, 1, 1, 1) * gray
-    return (mixed + to_mean.view(-1, 1, 1, 1) * mean + _CUT).round().clamp(0, 255)
+    return (mixed + to_mean.view(-1, 1, 1, 1) * mean + CUT).round().clamp(0, 255)
 
 
 def luma(images: Tensor) -> Tensor:
     """(B, 1, H, W) grey of each pixel, not rounded."""
     red, green, blue = images.unbind(1)
-    return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue).unsqueeze(1)
+    return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue).unsqueeze(1)
 
 
 def adjust_hue(images: Tensor, shifts: Tensor) -> Tensor:

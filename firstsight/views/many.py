@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from firstsight.views import Interpolation
 from firstsight.views import apply as apply_one
-from firstsight.views.apply import CUT, LUMA, TINY, Pixels
+from firstsight.views.apply import TINY, Pixels
+from firstsight.views.batched import CUT, LUMA
 from firstsight.views.draw import BRIGHTNESS, CONTRAST, HUE, SATURATION, Drawn
 
 Planes = NDArray[np.float32]
