@@ -6,7 +6,7 @@
 DATA holds Imagenette's train.zip and val.zip. Each method's rate is measured first in 30 steps, and
 its epochs are chosen so that training takes the minutes asked for; a run is `firstsight pretrain`
 with ResNet-18 and its own settings below, judged before and after by k-NN and after by a linear
-classifier. Runs lie in FOLDER: the same command goes on where it stopped. SEED is taught by the
+classifier. Tobias' masks are made once, before. Runs lie in FOLDER: the same command goes on where it stopped. SEED is taught by the
 SimCLR run of the same seed. The table is printed as Markdown after each run.
 """
 
@@ -47,13 +47,27 @@ METHODS: dict[str, list[str]] = {
 METHODS["tobias"] = [*METHODS["mocov2"], "--views.merge.probability", "0.3"]
 SLIDING = {"epochs": ["sliding", "--window-size", "1024", "--window-stride", "128"]}
 METHODS["pic-sliding"] = [part for word in METHODS["pic"] for part in SLIDING.get(word, [word])]
-METHOD_OF = {"tobias": "mocov2", "pic-sliding": "pic"}
+BY_ADAMW = ("byol", "scrl", "pixpro", "simsiam", "pic-sliding", "instdisc")
+"""Published with SGD; rows of their own say what AdamW makes of them in so short a time."""
+for row in BY_ADAMW:
+    METHODS[f"{row}-adamw"] = [*ADAMW, *METHODS[row][len(SGD) :]]
+METHOD_OF = {row: row.removesuffix("-adamw") for row in METHODS if row.endswith("-adamw")}
+METHOD_OF |= {"tobias": "mocov2", "pic-sliding": "pic", "pic-sliding-adamw": "pic"}
 """The method of those rows that are not named by theirs, but by what is changed in it."""
 
 
 def firstsight(*arguments: str) -> None:
     """One command of the package, in a process of its own."""
     subprocess.run([sys.executable, "-m", "firstsight", *arguments], check=True)
+
+
+def masks(asked: argparse.Namespace) -> Path:
+    """The grids of all images by an untrained ResNet-50: made once, outside the minutes of a run."""
+    file: Path = asked.out / "masks.json"
+    if not file.exists():
+        options = ("--precision", "bf16", "--batch-size", "8", "--threads", str(asked.threads))
+        firstsight("masks", "--data", f"{asked.data}/train.zip", "--out", str(file), *options)
+    return file
 
 
 def pretrain(name: str, folder: Path, epochs: float, seed: int, asked: argparse.Namespace) -> Any:
@@ -63,8 +77,10 @@ def pretrain(name: str, folder: Path, epochs: float, seed: int, asked: argparse.
         if name == "seed":
             teacher = asked.out / f"simclr-{seed}"
             options += ["--method.teacher", str(teacher)]
-        judged = [] if folder.name.endswith("-rate") else [f"{asked.data}/val.zip"]
-        options += [option for test in judged for option in ("--probe-test", test)]
+        if name == "tobias":
+            options += ["--views.merge.masks", str(masks(asked))]
+        if not folder.name.endswith("-rate"):
+            options += ["--probe-test", f"{asked.data}/val.zip", "--probe-readings", "3"]
         firstsight(
             *("pretrain", METHOD_OF.get(name, name), "--out", str(folder)),
             *("--data", f"{asked.data}/train.zip"),

@@ -158,6 +158,7 @@ def _with_masks(config: Pretrain, source: Source, anew: bool = False) -> Pretrai
                     grid=merge.grid,
                     seed=config.seed,
                     workers=config.workers,
+                    precision="bf16" if config.precision == "bf16" else "fp32",
                 ),
                 source,
             )
