@@ -6,8 +6,9 @@
 DATA holds Imagenette's train.zip and val.zip. Each method's rate is measured first in 30 steps, and
 its epochs are chosen so that training takes the minutes asked for; a run is `firstsight pretrain`
 with ResNet-18 and its own settings below, judged before and after by k-NN and after by a linear
-classifier. Tobias' masks are made once, before. Runs lie in FOLDER: the same command goes on where it stopped. SEED is taught by the
-SimCLR run of the same seed. The table is printed as Markdown after each run.
+classifier. Tobias' masks are made once, outside these minutes. Runs lie in FOLDER: the same command
+goes on where it stopped. SEED is taught by the SimCLR run of the same seed. The table is printed as
+Markdown after each run.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def firstsight(*arguments: str) -> None:
 
 
 def masks(asked: argparse.Namespace) -> Path:
-    """The grids of all images by an untrained ResNet-50: made once, outside the minutes of a run."""
+    """The grids of all images by an untrained ResNet-50, made once."""
     file: Path = asked.out / "masks.json"
     if not file.exists():
         options = ("--precision", "bf16", "--batch-size", "8", "--threads", str(asked.threads))
