@@ -68,12 +68,13 @@ def line(setting: str, result: dict[str, Any], seeds: int) -> str:
     of = {key: figures["corloc"]["0.5"] for key, figures in result["controls"].items()}
     over = f"{of['noise_divided']:.1f}" if "noise_divided" in of else ""
     low, high = left["interval"]
+    maps = (result["images"] + result["without_boxes"]) * seeds
     return (
         f"| {setting} | {result['corloc']['0.5']:.1f} "
         f"| {spread['lowest']:.1f} to {spread['highest']:.1f} "
         f"| {of['centre_box']:.1f} | {of['noise']:.1f} | {over} "
         f"| {left['difference']:+.1f} ({low:+.1f} to {high:+.1f}) "
-        f"| {100 * result['fallbacks'] / result['images'] / seeds:.0f} % |"
+        f"| {100 * result['fallbacks'] / maps:.0f} % |"
     )
 
 
