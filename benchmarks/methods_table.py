@@ -52,8 +52,11 @@ BY_ADAMW = ("byol", "scrl", "pixpro", "simsiam", "pic-sliding", "instdisc")
 """Published with SGD; rows of their own say what AdamW makes of them in so short a time."""
 for row in BY_ADAMW:
     METHODS[f"{row}-adamw"] = [*ADAMW, *METHODS[row][len(SGD) :]]
+QUEUE = ["--method.queue-size", "1920", "--method.queue-start", "0.05"]
+METHODS["swav-queue"] = [*METHODS["swav"], *QUEUE]  # 128 images spread over 512 prototypes badly
 METHOD_OF = {row: row.removesuffix("-adamw") for row in METHODS if row.endswith("-adamw")}
 METHOD_OF |= {"tobias": "mocov2", "pic-sliding": "pic", "pic-sliding-adamw": "pic"}
+METHOD_OF["swav-queue"] = "swav"
 """The method of those rows that are not named by theirs, but by what is changed in it."""
 
 
