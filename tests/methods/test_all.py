@@ -1,7 +1,6 @@
 """What holds for every method; a new file in firstsight/methods is enrolled by existing."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from firstsight import distributed, engine, methods, parallel, run, update
 from firstsight.batch import Batch
 from firstsight.errors import UserError
 from firstsight.nets import MomentumEncoder
-from firstsight.settings import begun
 from tests.tiny import Patches, config
 
 NAMES = methods.names()
@@ -245,52 +243,3 @@ def test_a_resumed_run_ends_where_an_unbroken_run_ends(name, at, options, tmp_pa
 
     assert steps("whole") == steps("broken")
     assert [step for step, _, _ in steps("broken")] == list(range(1, 13))
-
-
-# each with its figures in docs/results.md; a method that is not here must pass
-NOT_IN_A_MINUTE = {
-    "barlow": "17.3 to 18.3 % in a minute: still to be examined",
-    "byol": "17.3 to 17.9 % in a minute: still to be examined",
-    "densecl": "not measured yet",
-    "dino": "not measured yet",
-    "instdisc": "not measured yet",
-    "mocov1": "it first learns which keys are young, for some hundred steps",
-    "mocov2": "it first learns which keys are young, for some hundred steps",
-    "mocov3": "not measured yet",
-    "pic": "not measured yet",
-    "pixpro": "not measured yet",
-    "scrl": "not measured yet",
-    "seed": "not measured yet",
-    "simsiam": "17.3 to 22.1 % in a minute, a gain of 4.8 where 5 are asked for",
-    "swav": "not measured yet",
-    "vicreg": "not measured yet",
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_a_short_run_beats_the_untrained_network(name, tmp_path):
-    """k-NN on held-out scenes, fixed seed, about a minute on two cores."""
-    if name in NOT_IN_A_MINUTE:
-        pytest.skip(NOT_IN_A_MINUTE[name])
-    _, defaults, own = methods.describe(name)
-    short = {"momentum": 0.99, "temperature": 0.1, "hidden": 512, "dim": 256}
-    settings = begun(
-        defaults,
-        own,
-        {
-            **{k: v for k, v in run.DEMO.items() if k != "method"},
-            "backbone": "timm:resnet10t",
-            "epochs": 5.0,
-            "probe_readings": 0,
-            "linear": False,
-            "out": str(tmp_path),
-            "precision": "fp32",
-            "layout": "channels_last",
-            "method": {key: value for key, value in short.items() if hasattr(own, key)},
-        },
-        "test",
-    )
-    run.pretrain(name, settings)
-    knn = json.loads((tmp_path / "summary.json").read_text())["knn"]
-    assert knn["trained"] > knn["untrained"] + 5, knn
