@@ -172,7 +172,7 @@ def maker_of(
         rank=distributed.rank(),
         world=distributed.world(),
         views_on=config.views_on,
-        merger=merger_of(config, source),
+        merger=merger_of(config, source, seed),
     )
 
 

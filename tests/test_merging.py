@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from firstsight import merging, methods, run, trial
+from firstsight import merging, methods, resident, run, trial
 from firstsight.errors import UserError
 from firstsight.loader import Steps
 from firstsight.localize.commands import Masks
@@ -151,6 +151,17 @@ def test_neither_ranks_nor_history_nor_workers_count(kind, masks):
     for v in range(2):
         assert torch.equal(earlier[3].views[v], torch.cat([half.views[v] for half in halves]))
     assert not torch.equal(earlier[1].views[0], earlier[3].views[0])
+
+
+def test_a_run_that_went_back_merges_others(masks):
+    """The seed of views is salted then; partners that brought a fault would bring it again."""
+    asked, order = settings(masks, foreground="random"), Epochs(N, 6, 0)
+    for seed in (0, 7):
+        made = resident.maker_of(asked, Patches(N), order, torch.device("cpu"), seed)
+        drawn = made.merger.draw(1, np.arange(N))
+        expected = draw_merges(asked.views, 16, N, seed=seed, epoch=1, index=np.arange(N))
+        assert (drawn.partners == expected.partners).all()
+        assert (drawn.numbers == expected.numbers).all()
 
 
 def test_on_the_device_only_colours_are_left_to_do(masks):
