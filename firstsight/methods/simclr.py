@@ -56,9 +56,7 @@ class Config:
         require_positive("--method.", self, "dim", "hidden", "temperature")
 
 
-def nt_xent(
-    first: Tensor, second: Tensor, temperature: float, key_gradient: bool = True
-) -> Tensor:
+def nt_xent(first: Tensor, second: Tensor, temperature: float, key_gradient: bool = True) -> Tensor:
     """Scalar NT-Xent, the mean over the 2B embeddings of two views; 0 is best.
 
     first, second (B, D): row i of both comes from image i; they are normalised inside. Over ranks
