@@ -177,5 +177,11 @@ def test_projectors_are_those_of_moco_and_ssl_small(kind, sizes):
 
 
 def test_the_wide_head_has_the_published_size():
-    for width, total in ((1024, 2_361_472), (1280, 3_607_168), (512, 656_512), (192, 123_392)):
+    for width, total in (
+        (1024, 2_361_472),
+        (1280, 3_607_168),
+        (512, 656_512),
+        (192, 123_392),
+        (2048, 8_917_120),
+    ):
         assert sum(p.numel() for p in contrastive("wide", width, 128).parameters()) == total
