@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from firstsight import engine, methods
 from firstsight.backbones import build
 from firstsight.batch import Batch
 from firstsight.errors import UserError
 from firstsight.methods.mocov2 import Config, MoCoV2, info_nce
 from firstsight.projectors import contrastive
-from tests.tiny import NETWORK
+from tests.tiny import NETWORK, Patches, config
 
 
 def wave(shape, phase):
@@ -143,6 +144,16 @@ def test_no_key_is_a_negative_of_its_own_step():
     # queries equal keys at the start, similarity 1; all negatives have similarity 0
     expected = -math.log(math.exp(5) / (math.exp(5) + 24))
     assert moco(twin).loss.item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_queue_longer_than_the_source_holds_earlier_keys_of_the_same_images(tmp_path):
+    """16 images in two epochs: 32 keys; a row that none has reached stays as it was drawn."""
+    settings = config("mocov2", tmp_path, method={"queue_size": 40})
+    drawn = methods.build("mocov2", settings, 16).queue.keys
+    queue = engine.pretrain("mocov2", settings, Patches(16), None, tmp_path).method.queue
+    assert queue.position == 32 and torch.equal(queue.keys[32:], drawn[32:])
+    assert not torch.isin(queue.keys[:32], drawn).any()
+    assert len(queue.keys[:32].unique(dim=0)) == 32
 
 
 @pytest.mark.parametrize(
