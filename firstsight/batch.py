@@ -53,6 +53,8 @@ class Batch:
     """V tensors (B,) of bool: the view is mirrored left to right."""
     index: Tensor
     """(B,) position of each image in the source (of the slot, where a bad file was replaced)."""
+    sizes: Tensor | None = None
+    """(B, 2) width and height of the upright originals, pixels; None where nobody asks for it."""
     label: Tensor | None = None
     """(B,) integer labels, where the source has them; never seen by a method's loss."""
     bad: tuple[str, ...] = ()
@@ -64,6 +66,12 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def crops_in_shares(self) -> tuple[Tensor, ...]:
+        """`crops` in shares of the width and the height of the image, 0 to 1."""
+        assert self.sizes is not None
+        return tuple(crop / self.sizes.repeat(1, 2) for crop in self.crops)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -77,13 +85,14 @@ class Batch:
             crops=move(self.crops),
             flips=move(self.flips),
             index=self.index.to(device, non_blocking=True),
+            sizes=None if self.sizes is None else self.sizes.to(device, non_blocking=True),
             label=None if self.label is None else self.label.to(device, non_blocking=True),
         )
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors that `to` moves."""
-        label = () if self.label is None else (self.label,)
-        return (*self.views, *self.crops, *self.flips, self.index, *label)
+        may = (tensor for tensor in (self.sizes, self.label) if tensor is not None)
+        return (*self.views, *self.crops, *self.flips, self.index, *may)
 
     def pin_memory(self) -> Batch:
         """The same batch in memory that a CUDA device reads by itself (torch's loader calls it)."""
@@ -97,6 +106,7 @@ class Batch:
             crops=pinned(self.crops),
             flips=pinned(self.flips),
             index=pinned((self.index,))[0],
+            sizes=None if self.sizes is None else pinned((self.sizes,))[0],
             label=None if self.label is None else pinned((self.label,))[0],
         )
 
@@ -110,11 +120,16 @@ class Batch:
             list(zip(*map(parts, tensors), strict=True))
             for tensors in (self.views, self.crops, self.flips)
         )
-        labels = [None] * count if self.label is None else parts(self.label)
+        sizes, labels = (
+            [None] * count if tensor is None else parts(tensor)
+            for tensor in (self.sizes, self.label)
+        )
         colours = list(zip(*(one.parts(count) for one in self.colours), strict=True))
         return [
-            replace(self, views=v, crops=c, flips=f, index=i, label=label, colours=drawn)
-            for v, c, f, i, label, drawn in zip(
-                views, crops, flips, parts(self.index), labels, colours or [()] * count, strict=True
+            replace(self, views=v, crops=c, flips=f, index=i, sizes=s, label=label, colours=drawn)
+            for v, c, f, i, s, label, drawn in zip(
+                *(views, crops, flips, parts(self.index), sizes, labels),
+                colours or [()] * count,
+                strict=True,
             )
         ]

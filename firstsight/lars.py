@@ -11,13 +11,13 @@ Papers that say LARS mean different things. What differs is data: a `Variant` fo
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from firstsight.settings import Kind
+from firstsight.settings import Kind, Pretrain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ class Variant:
     """Weight decay also where g is zero."""
     clipped: bool = False
     """No tensor moves faster than by plain SGD: the ratio is cut at the learning rate."""
+    excluded_rate: float = 1.0
+    """Learning rate of excluded tensors, as a share of that of the others."""
     excluded_rate_squared: bool = False
     """Excluded gradients are multiplied by the learning rate twice."""
 
@@ -76,6 +78,11 @@ VARIANTS = {
 """All variants by the name that --lars takes."""
 
 
+def of(config: Pretrain) -> Variant:
+    """The variant of a run."""
+    return replace(VARIANTS[config.lars], excluded_rate=config.excluded_lr)
+
+
 class Lars(torch.optim.Optimizer):
     """LARS; a parameter group with `excluded` true takes plain steps of SGD with momentum."""
 
@@ -107,6 +114,7 @@ class Lars(torch.optim.Optimizer):
                     self.state[p]["velocity"] = torch.zeros_like(p)
             velocities = [self.state[p]["velocity"] for p in moved]
             entering, leaving = 1.0, group["lr"]
+            leaving *= self.variant.excluded_rate if group["excluded"] else 1
             if self.variant.rate_in_buffer:
                 entering, leaving = leaving, entering
             torch._foreach_mul_(velocities, group["momentum"])

@@ -81,6 +81,7 @@ class Steps(Dataset[Any]):
         pictures = [np.empty((len(index), side, side, 3), np.uint8) for side in sizes]
         crops = np.empty((len(index), len(sizes), 4), np.float32)
         flips = np.empty((len(index), len(sizes)), bool)
+        originals = np.empty((len(index), 2), np.float32)
         bad: list[str] = []
         drawings = []
         chosen = np.empty_like(index)  # other images where some cannot be decoded
@@ -94,7 +95,7 @@ class Steps(Dataset[Any]):
             drawn = draw(
                 self.views, full, seed=self.seed, epoch=self.order.epoch(step), index=index[part]
             )
-            crops[part], flips[part] = drawn.crops, drawn.flips
+            crops[part], flips[part], originals[part] = drawn.crops, drawn.flips, full
             drawings.append(drawn)
             merges = self.merger.draw(self.order.epoch(step), index[part]) if self.merger else None
             if (held != covered).any():  # smaller pictures stand for the originals
@@ -118,6 +119,7 @@ class Steps(Dataset[Any]):
             crops=tuple(torch.from_numpy(crops[:, v].copy()) for v in range(len(sizes))),
             flips=tuple(torch.from_numpy(flips[:, v].copy()) for v in range(len(sizes))),
             index=torch.from_numpy(index.copy()),
+            sizes=torch.from_numpy(originals),
             label=None if labels is None else torch.from_numpy(labels[chosen]),
             bad=tuple(bad),
             colours=colours_of(drawings) if self.views_on == "device" else (),

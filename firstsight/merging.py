@@ -63,14 +63,17 @@ class Merger:
         return whole
 
 
-def merger_of(config: Pretrain, source: Source) -> Merger | None:
-    """What merges the backgrounds of a run whose masks exist; None where it asks for nothing."""
+def merger_of(config: Pretrain, source: Source, seed: int | None = None) -> Merger | None:
+    """What merges the backgrounds of a run whose masks exist; None where it asks for nothing.
+
+    `seed` is that of the views: another than the run's after it went back to a checkpoint.
+    """
     if config.views.merge.probability == 0:
         return None
     return Merger(
         source=source,
         views=config.views,
-        seed=config.seed,
+        seed=config.seed if seed is None else seed,
         foregrounds=foregrounds(config, source),
     )
 

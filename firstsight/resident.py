@@ -146,6 +146,7 @@ class ResidentSteps(Steps):
             crops=tuple(crops[:, v].contiguous() for v in range(len(sides))),
             flips=tuple(torch.from_numpy(drawn.flips[:, v].copy()) for v in range(len(sides))),
             index=torch.from_numpy(index.copy()),
+            sizes=torch.from_numpy(full.astype(np.float32)),
             label=None if labels is None else torch.from_numpy(labels[chosen]),
             bad=tuple(bad),
             colours=colours_of([drawn]),
@@ -172,7 +173,7 @@ def maker_of(
         rank=distributed.rank(),
         world=distributed.world(),
         views_on=config.views_on,
-        merger=merger_of(config, source),
+        merger=merger_of(config, source, seed),
     )
 
 

@@ -150,7 +150,7 @@ def _with_masks(config: Pretrain, source: Source, anew: bool = False) -> Pretrai
         return config
     if merge.foreground == "masks" and not merge.masks:
         if distributed.share(anew or not file.exists()):
-            write_masks(
+            made = write_masks(
                 Masks(
                     checkpoint=merge.network,
                     data=config.data,
@@ -161,6 +161,10 @@ def _with_masks(config: Pretrain, source: Source, anew: bool = False) -> Pretrai
                     precision="bf16" if config.precision == "bf16" else "fp32",
                 ),
                 source,
+            )
+            say(
+                f"masks: entropy {made['entropy']:.3f} bits a cell (0: one mask for all images), "
+                f"constant cells {100 * made['constant_cells']:.0f} %"
             )
         distributed.barrier()  # the first rank has written
     found = merging.fingerprint(merging.foregrounds(config, source))

@@ -21,10 +21,8 @@ from firstsight.views import PRESETS, Views
 SMALL = 64
 """Views of fewer pixels a side take the small-image presets, without blur."""
 
-
 Kind = Literal["norm", "bias", "vector"]
-"""Parameters that decay and LARS may treat apart: those of norm layers, biases of other layers,
-all others of one dimension (or none)."""
+"""Parameters that decay and LARS may treat apart: of norm layers, biases of others, all vectors."""
 Lars = Literal["larc", "barlow", "byol", "simclr", "pixpro", "scrl", "scrl-published", "solo"]
 """Names of the variants of LARS."""
 
@@ -54,6 +52,7 @@ class Defaults:
     warmup_epochs: float = 0
     optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
     lars: Lars = "barlow"
+    excluded_lr: float = 1.0
     schedule: Literal["cosine", "whole-cosine", "step"] = "cosine"
     undecayed: tuple[Kind, ...] = ()
     lr_start: float = 0.0
@@ -105,6 +104,8 @@ class Pretrain:
     """Optimiser: SGD with momentum 0.9, the same with LARS, or AdamW."""
     lars: Lars = "barlow"
     """Whose LARS: barlow is also that of VICReg, DINO and MoCo v3; larc that of SwAV."""
+    excluded_lr: float = 1.0
+    """Learning rate of what LARS excludes (norms, biases), as a share of that of the rest."""
     lr: float | None = None
     """Peak learning rate, absolute; None: --base-lr scaled by the batch."""
     base_lr: float = 0.03
@@ -220,7 +221,7 @@ class Pretrain:
 
     def __post_init__(self) -> None:
         require_positive("--", self, "size", "epochs", "save_every", "log_every", "keep")
-        require_positive("--", self, "accumulate", "window_size", "timeout")
+        require_positive("--", self, "accumulate", "window_size", "timeout", "excluded_lr")
         if self.keep_every % self.save_every:
             raise UserError(
                 f"--keep-every {self.keep_every} is no multiple of --save-every {self.save_every}"

@@ -78,6 +78,7 @@ def random_batch(config: Pretrain, images: int) -> Batch:
         crops=(whole,) * len(sides),
         flips=(torch.zeros(images, dtype=torch.bool),) * len(sides),
         index=torch.arange(images),
+        sizes=whole[:, 2:],
     )
 
 

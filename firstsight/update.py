@@ -55,7 +55,7 @@ def apply(
     In float16 it does not where a gradient overflowed; moving averages and the learning rate go
     on, as in the code of the papers that train so.
     """
-    optim.set_rate(optimizer, lr)
+    optim.set_rate(optimizer, lr, config.peak_lr)
     if config.weight_decay_end is not None:
         decay = optim.cosine(progress, config.weight_decay, config.weight_decay_end)
         for group in optimizer.param_groups:

@@ -172,6 +172,21 @@ def test_the_small_networks_of_ssl_small_are_here_and_train(name, width, paramet
     assert all(trained)
 
 
+@pytest.mark.parametrize(
+    ("name", "width", "parameters"),
+    [
+        ("timm:efficientnet_b1", 1280, 6_513_184),
+        ("resnet34", 512, 21_284_672),
+        ("resnet50", 2048, 23_508_032),
+    ],
+)
+def test_larger_networks_of_ssl_small_have_the_published_size(name, width, parameters):
+    with torch.device("meta"):
+        backbone = backbones.build(name)
+    assert backbone.width == width
+    assert sum(p.numel() for p in backbone.parameters()) == parameters
+
+
 def test_the_transformer_with_six_heads_is_the_published_one():
     backbone = backbones.build("vit_tiny_6heads", size=224)
     assert sum(p.numel() for p in backbone.parameters()) == 7_286_976  # ssl-small's, without fc

@@ -306,7 +306,9 @@ def python(tree, *args):
 
 
 def test_a_method_is_one_file(with_hypersphere):
-    """Command, flags and help appear from it, and it trains."""
+    """Command, flags and help appear from it, and it trains; the file is a short one."""
+    file = with_hypersphere / "firstsight/methods/hypersphere.py"
+    assert sum(map(bool, file.read_text().splitlines())) <= 65
     one, other = (w for w in commands(ROOT / "docs/new_method.md") if "hypersphere" in w)
     listed = python(with_hypersphere, "-m", "firstsight", "pretrain")
     assert re.search("^  hypersphere +Hypersphere: embeddings", listed, re.MULTILINE)

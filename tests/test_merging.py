@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from firstsight import merging, methods, run, trial
+from firstsight import merging, methods, resident, run, trial
 from firstsight.errors import UserError
 from firstsight.loader import Steps
 from firstsight.localize.commands import Masks
@@ -153,6 +153,17 @@ def test_neither_ranks_nor_history_nor_workers_count(kind, masks):
     assert not torch.equal(earlier[1].views[0], earlier[3].views[0])
 
 
+def test_a_run_that_went_back_merges_others(masks):
+    """The seed of views is salted then; partners that brought a fault would bring it again."""
+    asked, order = settings(masks, foreground="random"), Epochs(N, 6, 0)
+    for seed in (0, 7):
+        made = resident.maker_of(asked, Patches(N), order, torch.device("cpu"), seed)
+        drawn = made.merger.draw(1, np.arange(N))
+        expected = draw_merges(asked.views, 16, N, seed=seed, epoch=1, index=np.arange(N))
+        assert (drawn.partners == expected.partners).all()
+        assert (drawn.numbers == expected.numbers).all()
+
+
 def test_on_the_device_only_colours_are_left_to_do(masks):
     """What workers cut out for it is the merged image, without colours."""
     asked = settings(masks)
@@ -246,7 +257,7 @@ def test_a_published_file_names_images_by_class_and_file(tmp_path):
 
 @pytest.mark.parametrize("name", methods.names())
 def test_every_method_of_two_views_can_be_merged(name, tmp_path):
-    """Its own views, the first one (or two) merged; its loss is one of other pixels."""
+    """Its own views, all else of the batch as it is: nothing that a method could tell."""
     plain = config(name, tmp_path, batch_size=6)
     merge = {"probability": 1.0, "foreground": "constant", "side": 32}
     if plain.views.counts[0] < 2:
@@ -275,8 +286,22 @@ def asked_for(folder, **merge):
 def trained(tmp_path_factory):
     """A run that made its masks."""
     folder = tmp_path_factory.mktemp("made") / "run"
+    told, say = [], run.say
+    run.say = told.append
     run.pretrain("mocov2", asked_for(folder))
+    run.say = say
+    (folder / "told.txt").write_text("\n".join(told))
     return folder
+
+
+def test_a_run_says_how_much_its_masks_differ(trained):
+    """Masks that are one for all images are no masks: the share of each cell, by hand."""
+    grids = read_masks(trained / "masks.json")[0].values()
+    shares = np.mean([foreground(grid) for grid in grids], axis=0).ravel()
+    bits = [-sum(p * np.log2(p) for p in (s, 1 - s) if p > 0) for s in shares]
+    constant = sum(s <= 0.02 or s >= 0.98 for s in shares) / 16
+    expected = f"entropy {np.mean(bits):.3f} bits a cell (0: one mask for all images), constant "
+    assert f"{expected}cells {100 * constant:.0f} %" in (trained / "told.txt").read_text()
 
 
 def test_a_run_makes_its_masks_and_goes_on_with_them(trained, capsys):

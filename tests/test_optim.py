@@ -57,6 +57,14 @@ def test_scrl_lars_makes_the_published_step():
     assert (weight - moved).tolist() == pytest.approx([0.00433333, 0.00133333], abs=5e-9)
 
 
+def test_lars_of_pics_simclr_makes_the_published_step():
+    """It is PixPro's: the decay counts in the norm; vectors take plain steps."""
+    weight, gradient = torch.tensor([3.0, 4.0]).double(), torch.tensor([1.0, 0.0]).double()
+    (moved,) = stepped("pixpro", [1.0], [(weight, [gradient])], decay=0.1)
+    assert (weight - moved).tolist() == pytest.approx([0.0047789, 0.0014704], abs=5e-8)
+    assert ((weight - moved)[0] / 1.3).item() == pytest.approx(0.00367607, abs=5e-9)
+
+
 def test_nesterov_in_lars_is_that_of_sgd_with_an_adapted_gradient():
     """torch's own SGD on the adapted gradients, by hand, is the same walk."""
     value = waves((3, 4), 0.1)
@@ -143,6 +151,57 @@ def test_inside_and_outside_the_buffer_differ_only_where_the_rate_changes():
     changing = [stepped(v, [0.7, 0.1, 0.7], weights)[0] for v in ("byol", "simclr")]
     torch.testing.assert_close(*steady)
     assert (changing[0] - changing[1]).abs().max() > 1e-5
+
+
+def test_biases_of_barlow_twins_have_a_rate_of_their_own(tmp_path):
+    """.2 and .0048 per 256 images, plain steps of momentum for what is not adapted."""
+    settings = config("barlow", tmp_path, batch_size=512)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    optimizer = optim.of(net, settings)
+    before = [p.detach().clone() for p in net.parameters()]
+    for parameter in net.parameters():
+        parameter.grad = waves(parameter.shape, 0.3)
+    optim.set_rate(optimizer, settings.peak_lr)
+    optimizer.step()
+    weight, *rest = net.parameters()
+    pull = waves((4, 3), 0.3) + 1e-6 * before[0]
+    moved = 2 * 0.2 * 0.001 * before[0].norm() / pull.norm() * pull
+    torch.testing.assert_close(weight, before[0] - moved, rtol=1e-12, atol=0)
+    for parameter, was in zip(rest, before[1:], strict=True):
+        torch.testing.assert_close(parameter, was - 2 * 0.0048 * waves((4,), 0.3))
+    assert optimizer.variant.excluded_rate == 0.024
+    assert optim.of(net, config("vicreg", tmp_path)).variant == lars.VARIANTS["barlow"]
+    with pytest.raises(UserError, match="--excluded-lr must be above 0"):
+        config("barlow", tmp_path, excluded_lr=0.0)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "lars", "adamw"])
+def test_a_steady_part_keeps_the_peak_while_the_rest_falls(kind, tmp_path):
+    """SimSiam's predictor; weights, norms and biases of it alike."""
+    asked = {"optimizer": kind, "undecayed": ("norm",), "method": {"steady_predictor": True}}
+    settings = config("simsiam", tmp_path, **asked)
+    method = methods.build("simsiam", settings, 48)
+    optimizer, scaler = optim.of(method, settings), update.scaler(settings)
+    predictor = {id(p) for p in method.predictor.parameters()}
+    for lr in (settings.peak_lr, 1e-4, 0.0):
+        update.apply(method, optimizer, scaler, settings, 0.5, lr)
+        rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+        assert len(rates) == sum(p.requires_grad for p in method.parameters())
+        assert all(
+            rate == (settings.peak_lr if p in predictor else lr) for p, rate in rates.items()
+        )
+    plain = methods.build("simsiam", config("simsiam", tmp_path, optimizer=kind), 48)
+    assert not any(group["steady"] for group in optim.of(plain, settings).param_groups)
+
+
+def test_whose_lars_a_method_has():
+    """Table of the variants: PixPro, SimCLR and BYOL have their own, three share one."""
+    shared = dict.fromkeys(("barlow", "vicreg", "mocov3"), "barlow")
+    own = {"simclr": "simclr", "byol": "byol", "pixpro": "pixpro", "swav": "larc", "scrl": "scrl"}
+    for name in methods.names():
+        defaults = methods.describe(name)[1]
+        expected = {**shared, **own}.get(name)
+        assert (defaults.lars if defaults.optimizer == "lars" else None) == expected, name
 
 
 def test_what_each_variant_excludes():

@@ -23,6 +23,7 @@ def batch(number):
         crops=(torch.full((2, 4), float(number)),) * 2,
         flips=(torch.zeros(2, dtype=torch.bool),) * 2,
         index=torch.tensor([number, number]),
+        sizes=torch.full((2, 2), float(number)),
         label=torch.tensor([number, number]),
         bad=(f"{number}.png",),
     )
@@ -107,7 +108,7 @@ def test_a_batch_pins_and_lists_all_that_it_moves(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: seen.append(self) or self + 0)
     one = batch(3)
     other = one.pin_memory()
-    assert {id(t) for t in seen} == {id(t) for t in one.tensors()} and len(one.tensors()) == 8
+    assert {id(t) for t in seen} == {id(t) for t in one.tensors()} and len(one.tensors()) == 9
     assert all(map(torch.equal, one.tensors(), other.tensors())) and other.bad == ("3.png",)
     assert all(a is not b for a, b in zip(one.tensors(), other.tensors(), strict=True))
 

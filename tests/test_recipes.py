@@ -262,3 +262,11 @@ def test_pic_keeps_its_crops_beside_readings_of_another_size():
     for name in ("pic-200ep", "pic-400ep", "pic-1600ep", "pic-released-200ep"):
         config = resolved(name)
         assert config.size == 224 and config.views.sides(config.size) == (160, 96, 96, 96)
+
+
+def test_rates_of_parts_are_those_of_the_authors_code():
+    """Barlow Twins' biases: .0048, of which 32 devices each send 1/32; SimSiam's predictor."""
+    barlow = resolved("barlow-1000ep")
+    assert barlow.excluded_lr * barlow.base_lr == pytest.approx(0.0048 / 32)
+    assert resolved("simsiam-100ep").method.steady_predictor
+    assert not resolved("simsiam-cifar10-lightly").method.steady_predictor

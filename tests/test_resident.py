@@ -53,6 +53,8 @@ def test_a_batch_is_that_of_the_loader(sizes, bad, preset):
     for one in ("crops", "flips"):
         assert all(map(torch.equal, getattr(a, one), getattr(b, one)))
     assert torch.equal(a.index, b.index) and torch.equal(a.label, b.label)
+    assert torch.equal(a.sizes, b.sizes)
+    assert {tuple(size) for size in a.sizes.tolist()} <= {tuple(size) for size in sizes}
     # workers round a small crop between its rows and its columns, as Pillow does
     largest = 6 if views.interpolation == "bicubic" else 2
     for v in range(2):

@@ -32,6 +32,7 @@ DEFAULTS = Defaults(  # the authors' code; their batch is 2048, the rate is per 
     weight_decay=1e-6,
     warmup_epochs=10,
     optimizer="lars",
+    excluded_lr=0.024,  # .0048 beside .2
     undecayed=("norm", "bias", "vector"),
     lr_end=0.001,
     batch_norm="global",
@@ -84,8 +85,8 @@ def cross_correlation(first: Tensor, second: Tensor) -> Tensor:
 class BarlowTwins(Method):
     """Barlow Twins (Zbontar et al. 2021).
 
-    differs from the paper: biases and norms take the learning rate of the rest; the authors' code
-    gives them 0.0048 per 256 images in place of 0.2.
+    Biases and norms have a learning rate of their own, 0.0048 per 256 images beside 0.2. On W
+    devices the authors' code gives them 1/W of that (`barlow_loss`): --excluded-lr 0.024 / W.
     """
 
     couples = "correlations"

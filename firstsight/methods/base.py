@@ -33,6 +33,8 @@ class Method(nn.Module, ABC):
     """Views of an image that it takes: two of one size, or any that its own page allows."""
     global_views: ClassVar[int] = 1
     """How many views, of those that may be any, must come first and be of one size."""
+    steady: tuple[str, ...] = ()
+    """Modules of its own whose learning rate stays at the peak."""
     couples: ClassVar[str] = ""
     """What the loss takes from the batch at hand, and so only from a chunk of it with
     `--accumulate`: `negatives`; empty: the loss of each image stands alone (batch-norm apart)."""

@@ -114,9 +114,8 @@ class MoCoV2(Method):
         return F.normalize(among_others(self.momentum_encoder, view, self.config.splits), dim=1)
 
     def after_step(self, progress: float, lr: float) -> None:
-        """Move the momentum encoder.
+        """Move the momentum encoder; the paper's code does at the start of the next forward.
 
-        The paper's code moves it at the start of the next forward: the same sequence, since
-        nothing happens in between and the copies start equal.
+        The same sequence: nothing happens in between, and the copies start equal.
         """
         self.momentum_encoder.follow(self.backbone, self.projector, momentum=self.config.momentum)

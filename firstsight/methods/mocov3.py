@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firstsight import distributed, optim
-from firstsight.backbones import Backbone, fix_positions, freeze_patches
+from firstsight.backbones import Backbone, fix_positions, freeze_patches, zero_residuals
 from firstsight.batch import Batch
 from firstsight.errors import require_positive, require_share
 from firstsight.methods.base import Method, Output
@@ -60,6 +60,8 @@ class Config:
     """The projection of patches stays random; for transformers of timm."""
     fixed_positions: bool = False
     """Positions are fixed waves, not learned; for transformers of timm."""
+    zero_init: bool = True
+    """Residual blocks begin as the identity (torchvision ResNets; timm's decide themselves)."""
 
     def __post_init__(self) -> None:
         require_positive("--method.", self, "dim", "hidden", "temperature")
@@ -112,6 +114,8 @@ class MoCoV3(Method):
     def __init__(self, config: Config, backbone: Backbone, images: int) -> None:
         super().__init__(config, backbone, images)
         self.config = config
+        if config.zero_init:
+            zero_residuals(self.backbone)
         if config.freeze_patches:
             freeze_patches(self.backbone)
         if config.fixed_positions:

@@ -57,6 +57,8 @@ class Config:
     """Layers between what a cell says and what others take on of it."""
     distance: float = 0.7
     """Cells nearer than this are positives, in diagonals of the larger cell."""
+    shares: bool = False
+    """Distances in shares of the image's width and height, as the authors' code; else pixels."""
     instance: float = 0.0
     """Weight of a loss of whole views, predicted as in BYOL; 0: none."""
     zero_init: bool = True
@@ -80,9 +82,6 @@ def positives(
 
     crops (B, 4) and flips (B,) of each view, maps of height * width cells. Distances are in
     diagonals of the larger of the two views' cells (Xie et al. 2021, equation 1).
-
-    differs from the paper's code, which measures in shares of the image's width and height: of a
-    square image the same.
     """
     centres = [cell_centres(c, f, height, width) for c, f in zip(crops, flips, strict=True)]
     unit = torch.maximum(*(cell_diagonals(c, height, width) for c in crops))  # (B,)
@@ -148,7 +147,7 @@ def pointwise(width: int, hidden: int, dim: int) -> nn.Sequential:
 
 
 class PixPro(Method):
-    """PixPro (Xie et al. 2021)."""
+    """PixPro (Xie et al. 2021). differs from the paper: its code has distances in `shares`."""
 
     def __init__(self, config: Config, backbone: Backbone, images: int) -> None:
         super().__init__(config, backbone, images)
@@ -183,7 +182,8 @@ class PixPro(Method):
             key, other = (projector(m) for m in key_maps)  # (B, D, h, w) each
 
         distance, (height, width) = self.config.distance, first.shape[2:]
-        positive = positives(batch.crops, batch.flips, height, width, distance)  # (B, S, S)
+        crops = batch.crops_in_shares if self.config.shares else batch.crops  # 2 x (B, 4)
+        positive = positives(crops, batch.flips, height, width, distance)  # (B, S, S)
         loss = pixpro_loss(first, second, key, other, positive)
         if self.config.instance:
             own, predictor = self.instance_heads

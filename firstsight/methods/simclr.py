@@ -49,20 +49,24 @@ class Config:
     """Width of the projector's hidden layer."""
     temperature: float = 0.1
     """Divides cosine similarities; smaller is sharper."""
+    key_gradient: bool = True
+    """The gradient also reaches what an embedding is compared with; in PIC's SimCLR it does not."""
 
     def __post_init__(self) -> None:
         require_positive("--method.", self, "dim", "hidden", "temperature")
 
 
-def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+def nt_xent(first: Tensor, second: Tensor, temperature: float, key_gradient: bool = True) -> Tensor:
     """Scalar NT-Xent, the mean over the 2B embeddings of two views; 0 is best.
 
     first, second (B, D): row i of both comes from image i; they are normalised inside. Over ranks
     each embedding of this rank is compared with those of all ranks (Chen et al. 2020, equation 1).
+    Without `key_gradient` these are constants, as in PIC's code: half of the gradient is missing.
     """
     with uncast(first):
         first, second = F.normalize(full(first), dim=1), F.normalize(full(second), dim=1)
         every = torch.cat([distributed.gather(first), distributed.gather(second)])  # (2WB, D)
+        every = every if key_gradient else every.detach()
         own = distributed.rank() * len(first) + torch.arange(len(first), device=first.device)
         other = own + len(every) // 2
         logits = torch.cat([first, second]) @ every.T / temperature  # (2B, 2WB)
@@ -95,6 +99,6 @@ class SimCLR(Method):
         views = torch.cat(batch.views)  # (2B, 3, H, W)
         features = self.backbone(views)  # (2B, C)
         first, second = self.projector(features).chunk(2)  # (B, D) each
-        loss = nt_xent(first, second, self.config.temperature)
+        loss = nt_xent(first, second, self.config.temperature, self.config.key_gradient)
         similarity = F.cosine_similarity(first.detach().float(), second.detach().float()).mean()
         return Output(loss, features.detach()[: len(batch)], {"positive_similarity": similarity})

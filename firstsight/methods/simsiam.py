@@ -43,6 +43,8 @@ class Config:
     """D, size of the embedding that is predicted."""
     hidden: int = 512
     """Width of the predictor's hidden layer: a bottleneck."""
+    steady_predictor: bool = False
+    """The learning rate of the predictor stays at its peak, as in the published run."""
     zero_init: bool = True
     """Residual blocks begin as the identity (torchvision ResNets; timm's decide themselves)."""
 
@@ -67,13 +69,14 @@ def simsiam_loss(
 class SimSiam(Method):
     """SimSiam (Chen and He 2021).
 
-    differs from the paper: the predictor's learning rate falls with that of the rest, which is the
-    baseline of its Table 1; the authors' published run keeps it constant.
+    The predictor's learning rate falls with that of the rest, which is the baseline of its Table 1;
+    with `steady_predictor` it stays, as in the authors' published run.
     """
 
     def __init__(self, config: Config, backbone: Backbone, images: int) -> None:
         super().__init__(config, backbone, images)
         self.config = config
+        self.steady = ("predictor",) * config.steady_predictor
         if config.zero_init:
             zero_residuals(self.backbone)
         width = backbone.width

@@ -90,6 +90,8 @@ class Views:
     """Jitter: saturation factor drawn from 1 - s to 1 + s."""
     hue: float = 0.1
     """Jitter: hue shift drawn from -h to h, in turns of the colour circle (at most 0.5)."""
+    strength: float = 1.0
+    """Jitter: its four parts times this, hue at most 0.5; ssl-small's `cj` with its preset."""
     gray: float = 0.2
     """Probability of turning grey."""
     blur: tuple[float, ...] = (0.5,)
@@ -149,7 +151,7 @@ class Views:
             _within(name, (getattr(self, name),), 0, 1)
         for name in ("blur", "solarize"):
             _within(name, getattr(self, name), 0, 1)
-        for name in ("brightness", "contrast", "saturation"):
+        for name in ("brightness", "contrast", "saturation", "strength"):
             _within(name, (getattr(self, name),), 0, None)
         _within("hue", (self.hue,), 0, 0.5)
         if not 0 < self.min_sigma <= self.max_sigma:
@@ -182,6 +184,15 @@ class Views:
         """For each of the V views, the smallest and largest crop, shares of the image area."""
         return tuple(
             (_repeat(self.min_scale, g), _repeat(self.max_scale, g)) for g in self.resolution
+        )
+
+    @property
+    def strengths(self) -> tuple[float, float, float, float]:
+        """Of the four parts of the jitter: brightness, contrast, saturation, hue."""
+        hue = min(0.5, self.hue * self.strength)
+        return (
+            *(self.brightness * self.strength, self.contrast * self.strength),
+            *(self.saturation * self.strength, hue),
         )
 
     @property
@@ -275,6 +286,8 @@ PRESETS: Mapping[str, Views] = MappingProxyType(
         "seed-multicrop": Views(
             counts=(1, 6), sizes=(224, 96), min_scale=(0.14, 0.05), max_scale=(1.0, 0.14)
         ),
+        # MoCo v2 as ssl-small's published runs have it; its code alone starts at a strength of 1.5.
+        "ssl-small": Views(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.4, gray=0.5),
         # Small images: the CIFAR-10 demo of MoCo, whose crops keep torchvision's default range.
         "mocov2-small": Views(min_scale=(0.08,), blur=(0.0,), mean=CIFAR_MEAN, std=CIFAR_STD),
         # The CIFAR-10 setting of SimCLR (appendix B.9): half the colour strength, no blur.

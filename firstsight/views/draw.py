@@ -91,7 +91,7 @@ def draw(
         seed, salt, epoch, index[:, None, None], np.arange(views.total)[:, None], _SLOTS
     )  # (B, V, slots)
 
-    strengths = np.array([views.brightness, views.contrast, views.saturation, views.hue])
+    strengths = np.array(views.strengths)
     middle = np.array([1.0, 1.0, 1.0, 0.0])
     lowest = np.array([0.0, 0.0, 0.0, -0.5])  # a factor is never negative
     low, high = np.maximum(middle - strengths, lowest), middle + strengths

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from firstsight import engine, methods
 from firstsight.backbones import build
 from firstsight.batch import Batch
 from firstsight.errors import UserError
 from firstsight.methods.mocov2 import Config, MoCoV2, info_nce
 from firstsight.projectors import contrastive
-from tests.tiny import NETWORK
+from tests.tiny import NETWORK, Patches, config
 
 
 def wave(shape, phase):
@@ -145,6 +146,16 @@ def test_no_key_is_a_negative_of_its_own_step():
     assert moco(twin).loss.item() == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_queue_longer_than_the_source_holds_earlier_keys_of_the_same_images(tmp_path):
+    """16 images in two epochs: 32 keys; a row that none has reached stays as it was drawn."""
+    settings = config("mocov2", tmp_path, method={"queue_size": 40})
+    drawn = methods.build("mocov2", settings, 16).queue.keys
+    queue = engine.pretrain("mocov2", settings, Patches(16), None, tmp_path).method.queue
+    assert queue.position == 32 and torch.equal(queue.keys[32:], drawn[32:])
+    assert not torch.isin(queue.keys[:32], drawn).any()
+    assert len(queue.keys[:32].unique(dim=0)) == 32
+
+
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [
@@ -177,5 +188,11 @@ def test_projectors_are_those_of_moco_and_ssl_small(kind, sizes):
 
 
 def test_the_wide_head_has_the_published_size():
-    for width, total in ((1024, 2_361_472), (1280, 3_607_168), (512, 656_512), (192, 123_392)):
+    for width, total in (
+        (1024, 2_361_472),
+        (1280, 3_607_168),
+        (512, 656_512),
+        (192, 123_392),
+        (2048, 8_917_120),
+    ):
         assert sum(p.numel() for p in contrastive("wide", width, 128).parameters()) == total

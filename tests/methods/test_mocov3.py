@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from firstsight import methods
+from firstsight import methods, recipes
 from firstsight.backbones import build
 from firstsight.errors import UserError
 from firstsight.methods.mocov3 import Config, MoCoV3, mocov3_loss
@@ -126,6 +126,21 @@ def test_patches_and_positions_of_a_transformer_stay():
     batch = batch_of(4)
     moco(batch).loss.backward()
     assert all((p.grad is None) == (n in held) for n, p in moco.backbone.named_parameters())
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_residual_blocks_begin_as_the_identity_where_asked(zero):
+    moco = method("resnet18", zero_init=zero)
+    for backbone in (moco.backbone, moco.momentum_encoder.copy[0]):
+        assert (backbone.layer1[0].bn2.weight == 0).all() == zero
+
+
+def test_the_recipe_of_a_transformer_has_its_twelve_heads():
+    """timm's has 6 in the same shapes."""
+    name = recipes.read("mocov3-vits16-300ep").values["backbone"]
+    with torch.device("meta"):
+        blocks = build(name).network.blocks
+    assert {block.attn.num_heads for block in blocks} == {12}
 
 
 @pytest.mark.parametrize("flag", ["freeze_patches", "fixed_positions"])

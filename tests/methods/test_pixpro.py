@@ -36,7 +36,8 @@ def crops_of(count, seed):
 
 def placed(batch):
     crops, flips = zip(*(crops_of(len(batch), seed) for seed in (1, 2)), strict=True)
-    return dataclasses.replace(batch, crops=crops, flips=flips)
+    sizes = torch.tensor([[100.0, 60.0]]).repeat(len(batch), 1).double()
+    return dataclasses.replace(batch, crops=crops, flips=flips, sizes=sizes)
 
 
 def cosine(x, y):
@@ -181,6 +182,26 @@ def test_forward_is_the_equation_both_ways(layers, instance):
     assert output.loss.item() == pytest.approx(expected, abs=1e-9)
     pairs = sum(sum(map(sum, image)) for image in near) / 4
     assert output.scalars["positive_pairs"].item() == pytest.approx(pairs)
+
+
+def test_distances_may_be_in_shares_as_in_the_authors_code():
+    """Of images of 100 by 60: x over 100, y over 60, and diagonals with them."""
+    batch = placed(batch_of(8, (96, 96)))
+    wide, high = 100.0, 60.0
+    crops = [
+        torch.tensor([[a / wide, b / high, c / wide, d / high] for a, b, c, d in boxes])
+        for boxes in map(torch.Tensor.tolist, batch.crops)
+    ]
+    near = positives_by_hand(crops, batch.flips, 3, 3, 0.7)
+    plain = positives_by_hand(batch.crops, batch.flips, 3, 3, 0.7)
+    assert near != plain
+    batch.sizes[3:] += 50  # other images than these have other sizes, also in chunks
+    assert torch.equal(torch.cat([part.sizes for part in batch.chunks(3)]), batch.sizes)
+    batch.sizes[3:] -= 50
+    for shares, expected in ((True, near), (False, plain)):
+        output = method(shares=shares).double()(batch)
+        pairs = sum(sum(map(sum, image)) for image in expected) / 8
+        assert output.scalars["positive_pairs"].item() == pytest.approx(pairs)
 
 
 def test_gradients_reach_every_head_and_no_key():

@@ -193,6 +193,44 @@ def test_a_teacher_of_the_wrong_kind_is_one_sentence(wrong, said):
         method(**wrong)
 
 
+def warm(tmp_path, init, **options):
+    own = {"projector": "wide", "dim": 16, "queue_size": 20}
+    return methods.build("mocov2", config("mocov2", tmp_path, init=init, method=own, **options), 16)
+
+
+def test_a_student_warms_up_another_method_with_its_backbone_alone(tmp_path):
+    """ssl-small's start; theirs takes the queue too."""
+    out = tmp_path / "run"
+    out.mkdir()
+    settings = config("seed", out, epochs=0.5, method={"queue_size": 20})
+    engine.pretrain("seed", settings, Patches(16), None, out)
+    student = torch.load(out / "checkpoints" / "last")["method"]
+    method = warm(tmp_path, str(out))
+    for network in (method.backbone, method.momentum_encoder.copy[0]):
+        for key, value in network.state_dict().items():
+            assert torch.equal(value, student[f"backbone.{key}"]), key
+    heads = method.projector, method.momentum_encoder.copy[1]
+    assert [head[0].weight.shape for head in heads] == [(192, 96)] * 2
+    assert not torch.isin(method.queue.keys, student["queue.keys"]).any()
+    cold = warm(tmp_path, "").backbone.state_dict()
+    assert not all(torch.equal(cold[k], student[f"backbone.{k}"]) for k in cold)
+
+
+def test_a_published_student_warms_up_another_method_with_its_backbone_alone(tmp_path):
+    """theirs takes the queue and, by accident of its shape, one bias of the head too."""
+    torch.manual_seed(5)
+    student = build("resnet18").state_dict()
+    held = {f"module.student.{key}": value for key, value in student.items()}
+    held |= {"module.student.fc.2.bias": torch.ones(16), "module.queue": torch.ones(16, 20)}
+    held |= {f"module.teacher.{key}": value + 1 for key, value in student.items()}
+    file = tmp_path / "checkpoint_0001.pth.tar"
+    torch.save({"state_dict": held, "epoch": 2}, file)
+    method = warm(tmp_path, str(file), backbone="resnet18")
+    for key, value in method.backbone.state_dict().items():
+        assert torch.equal(value, student[key]), key
+    assert not (method.projector[2].bias == 1).any() and not (method.queue.keys == 1).any()
+
+
 def test_a_published_file_with_its_embedding_is_a_teacher(tmp_path):
     torch.manual_seed(3)
     teacher = torchvision.models.resnet18(num_classes=8)

@@ -90,6 +90,7 @@ def test_every_crop_keeps_the_margin_and_is_the_one_that_was_drawn(tmp_path, ask
     assert asked == came + [1] * len(sizes) and len(set(came)) == 3
     for one, other in zip(small.crops, whole.crops, strict=True):
         assert (one == other).all()
+    assert torch.equal(small.sizes, whole.sizes)  # of the originals
     crops = np.stack([crop.numpy() for crop in small.crops], 1)
     shorter = (crops[..., 2:] - crops[..., :2]).min((1, 2))
     largest = [max(by for by in (1, 2, 4, 8) if by == 1 or s >= 3 * SIDE * by) for s in shorter]

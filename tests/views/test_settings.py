@@ -2,10 +2,12 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from firstsight.errors import UserError
 from firstsight.views import PRESETS, Views
+from firstsight.views.draw import draw
 from tests.tiny import config
 
 
@@ -40,6 +42,7 @@ def test_values_repeat_over_resolutions_and_views():
         ({"gray": float("nan")}, "views.gray"),
         ({"hue": 0.6}, "views.hue"),
         ({"brightness": -0.4}, "views.brightness"),
+        ({"strength": -1.0}, "views.strength"),
         ({"blur": (0.5, 0.5, 0.5)}, "views.blur"),
         ({"blur": ()}, "views.blur"),
         ({"solarize": (2.0,)}, "views.solarize"),
@@ -86,6 +89,22 @@ def test_presets_are_those_of_the_papers():
     assert swav.blurs == (0.5,) * 8 and dino.blurs == (1.0, 0.1, *(0.5,) * 8)
     assert dino.solarizes == (0.0, 0.2, *(0.0,) * 8) and dino.interpolation == "bicubic"
     assert replace(PRESETS["byol"], flip=0.0).blurs == (1.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("cj", "parts", "hue"), [(0.25, 0.2, 0.1), (0.5, 0.4, 0.2), (1, 0.8, 0.4), (1.5, 1.2, 0.5)]
+)
+def test_one_number_is_the_strength_of_the_jitter(cj, parts, hue):
+    """Published vectors of ssl-small's `cj`; what is drawn follows it."""
+    views = replace(PRESETS["ssl-small"], strength=cj)
+    assert views.strengths == pytest.approx((parts, parts, parts, hue))
+    assert (views.gray, views.blurs, views.jitter) == (0.5, (0.5, 0.5), 0.8)
+    plain = replace(views, brightness=parts, contrast=parts, saturation=parts, hue=hue, strength=1)
+    one, other = (
+        draw(v, [[64, 48]] * 40, seed=0, epoch=0, index=np.arange(40)) for v in (views, plain)
+    )
+    assert np.allclose(one.factors, other.factors, rtol=0, atol=1e-12)
+    assert abs(one.factors[..., :3] - 1).max() == pytest.approx(min(1.2, parts), rel=0.05)
 
 
 def test_settings_import_neither_torch_nor_opencv():
