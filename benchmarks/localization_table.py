@@ -56,7 +56,6 @@ FACTORS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "padding": [(name, {"padding": name}) for name in ("reflect", "replicate")],
     "resolution": [("112 px", {"input_size": 112}), ("448 px", {"input_size": 448})],
     "threshold": [("60th percentile", {"threshold": "percentile:60"})],
-    "precision": [("float32", {"precision": "fp32"})],
 }
 HEAD = "| setting | CorLoc .5 | over seeds | centred box | map of noise | over noise | left "
 HEAD += "| nothing |\n" + 8 * "|---" + "|"

@@ -52,7 +52,7 @@ BY_ADAMW = ("byol", "scrl", "pixpro", "simsiam", "pic-sliding", "instdisc")
 """Published with SGD; rows of their own say what AdamW makes of them in so short a time."""
 for row in BY_ADAMW:
     METHODS[f"{row}-adamw"] = [*ADAMW, *METHODS[row][len(SGD) :]]
-QUEUE = ["--method.queue-size", "1920", "--method.queue-start", "0.05"]
+QUEUE = ["--method.queue-size", "1920", "--method.queue-start", "0.02", "--method.epsilon", "0.03"]
 METHODS["swav-queue"] = [*METHODS["swav"], *QUEUE]  # 128 images spread over 512 prototypes badly
 METHOD_OF = {row: row.removesuffix("-adamw") for row in METHODS if row.endswith("-adamw")}
 METHOD_OF |= {"tobias": "mocov2", "pic-sliding": "pic", "pic-sliding-adamw": "pic"}
