@@ -171,7 +171,9 @@ def test_a_refused_command_changes_nothing_and_is_refused_again(tmp_path):
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     other = dataclasses.replace(settings, epochs=3.0, lr=1.0)
     for _ in range(2):
-        with pytest.raises(UserError, match=r"started otherwise: --lr 1.0 \(was None\)"):
+        with pytest.raises(
+            UserError, match=r"started otherwise: --lr 1.0 \(was unset\); use --lr unset to"
+        ):
             run.pretrain("simclr", other)
         assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
 
