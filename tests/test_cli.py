@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from firstsight import cli, cli_health, cli_judge, flags, settings
+from firstsight import cli, cli_health, cli_judge, flags, settings, shown
 from firstsight.errors import UserError
 
 
@@ -303,3 +303,10 @@ def test_the_same_from_python():
         firstsight.pretrain("simclr", data="scenes:train@64", epohcs=1)
     backbone = firstsight.load_backbone("random:resnet18")
     assert (backbone.width, backbone.stride, backbone.name) == (512, 32, "resnet18")
+
+
+def test_a_protocol_reads_as_words(capsys):
+    protocol = {"k": [1, 5], "nesterov": False, "versions": {"torch": "2.9"}, "layer": None}
+    shown.show("t", ["k"], [["1"]], {"protocol": protocol}, None)
+    said = "protocol: k 1 5, nesterov no, versions (torch 2.9), layer none\n"
+    assert capsys.readouterr().out.endswith(said)

@@ -98,6 +98,18 @@ def words(page: Page) -> str:
     return " ".join(page.text.split())
 
 
+def test_a_run_of_one_step_shows_a_point_and_claims_no_change(tmp_path: Path) -> None:
+    knn = {"untrained": 12.5, "trained": 12.5, "protocol": PROTOCOL}
+    records = [{"step": 1, "epoch": 1.0, "loss": 3.92, "lr": 0.1}]
+    text, page = report(make_run(tmp_path / "a", records, finished=False))
+    assert "→" not in page.text and "Loss, logged once so far." in page.text
+    assert text.count('class="dot') == 2  # of the loss, of the learning rate
+    records.append({"step": 2, "epoch": 2.0, "loss": 3.92, "lr": 0.1})
+    text, page = report(make_run(tmp_path / "b", records, knn=knn))
+    assert "→" not in page.text and "12.5\N{NO-BREAK SPACE}% no change" in page.text
+    assert text.count('class="dot') == 4
+
+
 def test_the_figures_of_a_finished_run_are_there_to_the_digit(tmp_path: Path) -> None:
     _, page = report(make_run(tmp_path / "run"))
     said = words(page)
