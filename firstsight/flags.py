@@ -34,8 +34,8 @@ def pretraining(args: list[str], verb: str) -> tuple[str, settings.Pretrain]:
     name = args[0]
     summary, defaults, own = methods.describe(name)
     values, args = config_file(args[1:])
-    if values.pop("name", name) != name:
-        raise UserError(f"--config holds settings of another method than {name}")
+    if (other := values.pop("name", name)) != name:
+        raise UserError(f"--config holds settings of {other}, not of {name}; use pretrain {other}")
     early = {key: peeked(args, f"--{key}") for key in ("size", "epochs", "preset", "recipe")}
     values |= {key: value for key, value in early.items() if value is not None}
     values = recipes.beneath(name, values)

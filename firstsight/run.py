@@ -177,8 +177,9 @@ def _say_what_begins(name: str, config: Pretrain, source: Source) -> None:
     """One line, before minutes may pass without any."""
     steps = order_of(config, len(source)).steps(config.epochs)
     how = f"{config.backbone} on {distributed.device()} in {config.precision}"
-    much = f"{config.epochs:g} epochs of {len(source):,} images, {steps:,} steps"
-    say(f"{name}, {how}: {much} of {config.batch_size}; writing {config.out}")
+    epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs:g} epochs"
+    much = f"{epochs} of {len(source):,} images, {steps:,} steps of {config.batch_size}"
+    say(f"{name}, {how}: {much}; writing {config.out}")
 
 
 def _say_what_chunks_change(name: str, config: Pretrain) -> None:

@@ -235,6 +235,8 @@ def trained(
 ) -> tuple[Run, dict[str, Any] | None]:
     """Train from where the run in `out` stands; its end, and the figures of the test images."""
     device, world = distributed.device(), distributed.world()
+    if config.warmup_steps >= steps:
+        say(f"--warmup-steps {config.warmup_steps}: the rate rises in all {steps} steps")
     schedule = Schedule(
         steps=steps,
         peak=config.peak_lr,
