@@ -314,6 +314,8 @@ def test_runs_read_by_different_protocols_are_not_compared_silently(tmp_path: Pa
     knn = {"untrained": 1.0, "trained": 2.0, "protocol": {**PROTOCOL, "k": 200}}
     said = words(report(first, make_run(tmp_path / "second", knn=knn))[1])
     assert "The protocols differ (k), so the figures do not compare directly" in said
+    assert "where the runs differProtocolfirstsecond k differs20200 How k-NN was read" in said
+    assert said.count("temperature0.07") == 1 and "ProtocolAll runs temperature0.07" in said
 
 
 def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path: Path) -> None:

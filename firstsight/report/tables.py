@@ -96,12 +96,13 @@ def _sided(
             (escape(_worded(n)) + MARK, [escape(typed(p.get(n, NONE))) for p in protocols])
             for n in differing
         ]
-        depends_on = table(["Protocol", *own], rows, left=1 + len(runs), caption=caption)
-        caption += ", in all runs"
+        where = f"{caption}, where the runs differ"
+        depends_on = table(["Protocol", *own], rows, left=1 + len(runs), caption=where)
     common = {n: v for p in protocols for n, v in p.items() if n not in differing}
     alike = [(escape(_worded(n)), [escape(typed(v))]) for n, v in common.items()]
-    whose = "Value" if len(runs) == 1 else "All runs"
-    depends_on += table(["Protocol", whose], alike, left=2, caption=caption)
+    whose = [head for head, protocol in zip(own, protocols, strict=True) if protocol]
+    shared = "All runs" if 1 < len(whose) == len(runs) else ", ".join(whose)
+    depends_on += table(["Protocol", shared], alike, left=2, caption=caption)
     return (
         f'<div class="pair tables">\n<div>\n{came_out}{below}</div>\n'
         f"<div>\n{depends_on}</div>\n</div>\n"
