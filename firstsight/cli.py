@@ -183,7 +183,7 @@ def _show_dry_run(result: dict[str, Any], target: str | None) -> None:
     rows = [
         ["steps", f"{result['steps']}"],
         ["images", f"{result['images']}"],
-        ["parameters of the backbone", f"{result['parameters']}"],
+        ["parameters of the backbone", f"{result['parameters']:,}"],
         ["memory", f"{result['memory_gib']} GiB"],
         ["a step", per_step + f"{result['seconds_views']} s for its views in one process)"],
         ["in all, without readings", f"{result['time']} ({result['hours']} hours)"],

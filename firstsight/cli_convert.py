@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -19,7 +20,7 @@ class Convert:
     src: tyro.conf.Positional[str]
     """CHECKPOINT: a run folder, a file of ours or of a known foreign format, torchvision:NAME."""
     dst: tyro.conf.Positional[str]
-    """The file to write, or a folder for it; backbone.json goes beside it."""
+    """The file to write, or a folder for it; what it is goes beside it, as .json."""
     to: (
         Literal[
             "torchvision",
@@ -51,6 +52,8 @@ def convert(args: list[str]) -> None:
     asked = parsed(Convert, args, "convert")
     if (asked.to is None) == (asked.selfsup is None):
         raise UserError("to which library? use --to, for instance --to torchvision, or --selfsup")
+    if target and Path(target) == Path(asked.dst).with_suffix(".json"):
+        raise UserError(f"{target} will say what {asked.dst} is; use another --json")
 
     from firstsight import convert
 

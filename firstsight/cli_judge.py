@@ -69,7 +69,7 @@ class Knn(Reading):
     metric: Literal["cosine", "euclidean"] = "cosine"
     """What near means."""
     representation: Literal["original", "norm", "shift-norm", "shifted-norm"] | None = None
-    """Features as they are; of unit length; or less their mean, then of unit length. None: norm
+    """Features as they are; of unit length; or less their mean, then of unit length. Unset: norm
     with cosine, original with euclidean."""
     shift_batch: int = 0
     """Images whose mean is taken from them, drawn by --seed (as ssl-small published shift-norm);
@@ -201,7 +201,7 @@ class Dense(OverRun):
     mixed: Literal["counted", "left-out"] = "counted"
     """Cells that show several classes: counted as the one of most pixels, or left out."""
     stage: int | None = None
-    """An earlier map of the backbone: 0 the stem, 1 to 4 the stages of a ResNet. None: the last."""
+    """A map of the backbone: 0 the stem, 1 to 4 the stages of a ResNet. Unset: the last."""
     k: int = 20
     """Neighbours that vote; fewer where there are fewer cells."""
     temperature: float = 0.07

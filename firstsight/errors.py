@@ -10,12 +10,21 @@ class UserError(Exception):
     """A mistake that the user can mend: shown as one sentence, exit code 2, no traceback."""
 
 
-def unknown(kind: str, value: str, allowed: Iterable[str]) -> UserError:
-    """An error that names the offending `value`, its nearest match, and all that is `allowed`."""
+MANY = 24
+"""More names than these are no answer."""
+
+
+def unknown(kind: str, value: str, allowed: Iterable[str], listed: str = "--help") -> UserError:
+    """An error that names the offending `value`, its nearest match, and all that is `allowed`.
+
+    Of many names only the nearest, and what lists them all.
+    """
     names = list(allowed)
-    near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
-    guess = f" (did you mean {near[0]!r}?)" if near else ""
-    return UserError(f"no {kind} called {value!r}{guess}; there are: {', '.join(names)}")
+    many = len(names) > MANY
+    near = difflib.get_close_matches(value, names, n=4 if many else 1, cutoff=0.5)
+    guess = f" (did you mean {', '.join(map(repr, near))}?)" if near else ""
+    every = f"{listed} lists all" if many else f"there are: {', '.join(names)}"
+    return UserError(f"no {kind} called {value!r}{guess}; {every}")
 
 
 def require_positive(prefix: str, settings: object, *names: str) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ import tyro
 
 from firstsight import methods, recipes, settings
 from firstsight.errors import UserError
+from firstsight.spelling import UNSET, words
 
 T = TypeVar("T")
 
@@ -33,8 +34,8 @@ def pretraining(args: list[str], verb: str) -> tuple[str, settings.Pretrain]:
     name = args[0]
     summary, defaults, own = methods.describe(name)
     values, args = config_file(args[1:])
-    if values.pop("name", name) != name:
-        raise UserError(f"--config holds settings of another method than {name}")
+    if (other := values.pop("name", name)) != name:
+        raise UserError(f"--config holds settings of {other}, not of {name}; use pretrain {other}")
     early = {key: peeked(args, f"--{key}") for key in ("size", "epochs", "preset", "recipe")}
     values |= {key: value for key, value in early.items() if value is not None}
     values = recipes.beneath(name, values)
@@ -60,7 +61,8 @@ def flagged(kind: type[T], args: list[str], prog: str, text: str, start: T) -> T
                 prog=f"firstsight {prog}",
                 description=text,
                 default=start,
-                config=(tyro.conf.FlagConversionOff,),
+                config=(tyro.conf.FlagConversionOff, tyro.conf.PositionalMetavarFromFieldName),
+                registry=words,
             )
     except SystemExit as end:
         if not end.code:
@@ -74,24 +76,44 @@ def _refuse_unknown(args: list[str], start: Any, prog: str) -> None:
     for arg in args:
         flag = arg.partition("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in (*known, "--help"):
-            near = difflib.get_close_matches(flag, known, n=1)
+            near = [*_namesakes(flag, known), *difflib.get_close_matches(flag, known, n=1)]
             guess = f"did you mean {near[0]}?" if near else f"firstsight {prog} --help lists all"
             if flag == "--resume":
                 guess = "the same command again goes on with an unfinished run"
             raise UserError(f"no option {arg.partition('=')[0]}: {guess}")
 
 
+_SAME = (
+    ("--size", "--input-size", "--image-size", "--img-size", "--short-sides", "--test-side"),
+    ("--lr", "--learning-rate"),
+    ("--out", "--output", "--output-dir", "--save-dir"),
+    ("--workers", "--num-workers"),
+)
+"""Names of one thing: a command has one of them, and people know the others from elsewhere."""
+
+
+def _namesakes(flag: str, known: Sequence[str]) -> list[str]:
+    """What the command calls the thing that others call `flag`."""
+    return [name for names in _SAME if flag in names for name in names if name in known]
+
+
 def _sentence(box: str, start: Any) -> str:
     """What the parser says in a box of several lines, as one sentence."""
-    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    lines = [line.strip("│ ") for line in box.splitlines()]
     if "Missing from" in box:
         needed = [flag for flag, value in _options(start, "--") if value is tyro.MISSING]
         missing = [flag for flag in needed if any(line.startswith(f"{flag} ") for line in lines)]
-        if any(re.fullmatch("[A-Z]+", line) for line in lines):  # the first is no flag
-            missing.insert(0, needed[0].strip("-").upper())
+        positional = [flag.strip("-").upper() for flag in needed]
+        missing = [name for name in positional if name in lines] + missing
         return f"still to be given: {', '.join(missing)}"
-    first = " ".join(lines).partition("──")[0]
-    return first.strip().rstrip(".")
+    # a rule stands below or beside the title, and another below what is said
+    _, first, *_ = [*re.split("[─-]{3,}", " ".join(lines)), ""]
+    first = first.strip("╮ ")
+    if choice := re.match(r"invalid choice '(.*)' for argument '(.*)'.*one of \((.*)\)", first):
+        value, flag, allowed = choice.groups()
+        names = ", ".join(re.findall("'(.*?)'", allowed)).removesuffix(", " + ", ".join(UNSET))
+        return f"{flag} {value} is none of {names}"
+    return first.rstrip(".")
 
 
 def _dotted(arg: str) -> str:

@@ -14,6 +14,10 @@ from firstsight import distributed
 from firstsight.errors import UserError
 from firstsight.log import say
 from firstsight.settings import UNBOUND, Pretrain, flag, merged, plain, read_yaml, write_yaml
+from firstsight.spelling import spelt
+
+Differing = dict[str, tuple[Any, Any]]
+"""Flag -> (what it was, what it is)."""
 
 
 def of(name: str, config: Pretrain) -> Path:
@@ -91,9 +95,16 @@ def continued(name: str, config: Pretrain, earlier: Path) -> Pretrain:
     if wanted > was:
         differing.pop("epochs")
     if differing:
-        told = ", ".join(f"{flag(k)} {new} (was {was})" for k, (was, new) in differing.items())
-        raise UserError(f"{earlier.parent} was started otherwise: {told}; use another --out")
+        raise started_otherwise(earlier.parent, differing)
     return config
+
+
+def started_otherwise(out: Path, differing: Differing) -> UserError:
+    """What differs from the run in `out`, given or not, and what to type to go on with it."""
+    values = [(flag(key), spelt(was), spelt(new)) for key, (was, new) in differing.items()]
+    told = ", ".join(f"{name} {new} (was {was})" for name, was, new in values)
+    again = " ".join(f"{name} {was}" for name, was, _ in values)
+    return UserError(f"{out} was started otherwise: {told}; use {again} to go on, or another --out")
 
 
 def extend(name: str, config: Pretrain, earlier: Path) -> None:
@@ -106,11 +117,7 @@ def extend(name: str, config: Pretrain, earlier: Path) -> None:
             (earlier.parent / "summary.json").unlink(missing_ok=True)
 
 
-_Differing = dict[str, tuple[Any, Any]]
-"""Flag -> (what it was, what it is)."""
-
-
-def _compared(config: Pretrain, earlier: Path) -> tuple[Pretrain, _Differing]:
+def _compared(config: Pretrain, earlier: Path) -> tuple[Pretrain, Differing]:
     """`config` with what the earlier run had picked for `auto`, and what then differs.
 
     The warm-up of a run that is made longer is past, and stays what it was.

@@ -232,7 +232,8 @@ class Log:
 
 def told(figures: dict[str, float]) -> str:
     """The figures that a person watches."""
-    text = f"loss {figures['loss']:.3f}, {figures['images_per_second']:.0f} images/s"
+    rate = figures["images_per_second"]
+    text = f"loss {figures['loss']:.3f}, {rate:.{0 if rate >= 10 else 1}f} images/s"
     text += f", waited {figures['data_wait']:.0%}"
     readings = [f"k-NN {v:.1f} %" for k, v in figures.items() if k.startswith("knn")]
     if linear := [v for k, v in figures.items() if k.startswith("linear")]:

@@ -78,6 +78,7 @@ def pretrain(name: str, config: Pretrain) -> Path:
         # of a million images, banks and prototypes would take seconds
         images = len(source) if config.init_policy == "all" else 1
         untrained = methods.build(name, config, images).backbone
+        _say_what_begins(name, config, source)
         _say_what_chunks_change(name, config)
         method, done, wanted, seen = _trained(name, config, source, probe, out)
         if done < wanted:
@@ -175,6 +176,15 @@ def _with_masks(config: Pretrain, source: Source, anew: bool = False) -> Pretrai
         )
     merge = dataclasses.replace(merge, sha256=found)
     return dataclasses.replace(config, views=dataclasses.replace(config.views, merge=merge))
+
+
+def _say_what_begins(name: str, config: Pretrain, source: Source) -> None:
+    """One line, before minutes may pass without any."""
+    steps = order_of(config, len(source)).steps(config.epochs)
+    how = f"{config.backbone} on {distributed.device()} in {config.precision}"
+    epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs:g} epochs"
+    much = f"{epochs} of {len(source):,} images, {steps:,} steps of {config.batch_size}"
+    say(f"{name}, {how}: {much}; writing {config.out}")
 
 
 def _say_what_chunks_change(name: str, config: Pretrain) -> None:

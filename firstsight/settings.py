@@ -107,13 +107,13 @@ class Pretrain:
     excluded_lr: float = 1.0
     """Learning rate of what LARS excludes (norms, biases), as a share of that of the rest."""
     lr: float | None = None
-    """Peak learning rate, absolute; None: --base-lr scaled by the batch."""
+    """Peak learning rate, absolute; unset: --base-lr scaled by the batch."""
     base_lr: float = 0.03
     """Peak learning rate per 256 images, used where --lr is not given."""
     weight_decay: float = 1e-4
     """Weight decay; decoupled for adamw."""
     weight_decay_end: float | None = None
-    """Weight decay at the end, reached along half a cosine, as DINO does; None: it stays."""
+    """Weight decay at the end, reached along half a cosine, as DINO does; unset: it stays."""
     undecayed: tuple[Kind, ...] = ()
     """Parameters without weight decay: of norm layers, biases of others, all other vectors."""
     clip_norm: float = 0.0

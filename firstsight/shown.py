@@ -29,8 +29,18 @@ def show(
 
 def protocol(result: dict[str, Any]) -> None:
     """Print what a result depends on."""
-    said = ", ".join(f"{key} {value}" for key, value in result["protocol"].items())
+    said = ", ".join(f"{key} {_worded(value)}" for key, value in result["protocol"].items())
     Console().print(f"protocol: {said}", markup=False, highlight=False)
+
+
+def _worded(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key} {_worded(inner)}" for key, inner in value.items()) + ")"
+    if isinstance(value, list | tuple):
+        return " ".join(map(_worded, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

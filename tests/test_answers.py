@@ -109,6 +109,10 @@ def test_diagnose_answers_without_labels(tmp_path):
     assert collapsed(over(10.0, 12.0)).startswith("Yes, complete: all images look alike")
 
 
-def test_the_page_answers_for_each_run(tmp_path):
+def test_the_page_says_once_what_holds_for_several_runs(tmp_path):
     _, page = report(make_run(tmp_path / "a"), make_run(tmp_path / "b"))
-    assert page.text.count("Has it collapsed?") == 2
+    assert page.text.count("Has it collapsed?") == page.text.count("Yes: k-NN went from") == 1
+    knn = {"untrained": 9.0, "trained": 9.0, "protocol": PROTOCOL}
+    _, page = report(tmp_path / "a", tmp_path / "b", make_run(tmp_path / "c", knn=knn))
+    assert "a, b: Yes: k-NN went from 31.2 % untrained" in page.text
+    assert "c: Not visibly: k-NN stayed at 9.0 %, within" in page.text

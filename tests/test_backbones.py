@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 import torchvision
 
@@ -234,3 +235,21 @@ def test_the_transformer_with_six_heads_by_plain_loops():
     torch.testing.assert_close(features[0], tokens[0], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(cells[0].flatten(1).T, tokens[1:], rtol=1e-9, atol=1e-9)
     assert backbone(torch.randn(1, 3, 64, 48, dtype=torch.float64)).shape == (1, 192)
+
+
+def test_published_weights_of_timm_are_not_fetched_unasked(monkeypatch):
+    """The hub's variable is read when it is imported: what counts is the switch that it became."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    made, offline = timm.create_model, []
+
+    def create(name, pretrained, **options):
+        if not pretrained:
+            return made(name, pretrained=False, **options)
+        offline.append(constants.HF_HUB_OFFLINE)
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(timm, "create_model", create)
+    with pytest.raises(UserError, match=r"\(not in the cache\); fetch them once with: python -c"):
+        checkpoint.load_backbone("timm:test_resnet")
+    assert offline == [True] and not constants.HF_HUB_OFFLINE

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from firstsight import cli, cli_health, cli_judge, flags, settings
+from firstsight import cli, cli_health, cli_judge, flags, settings, shown
 from firstsight.errors import UserError
 
 
@@ -68,6 +69,20 @@ def test_help_and_flags_come_without_torch():
         (["detect", "train", "--data", "x"], "still to be given: CHECKPOINT, --out"),
         (["detect", "eval"], "still to be given: RUN"),
         (["evaluate", "knnn"], "no reading called 'knnn' (did you mean 'knn'?)"),
+        (["convert", "x"], "still to be given: DST;"),
+        (
+            ["convert", "x", "y", "--to", "tim"],
+            "--to tim is none of torchvision, timm, detectron2,",
+        ),
+        (["pretrain", "byol", "--probe", "all"], "--probe all is none of knn, linear, both, none;"),
+        (["pretrain", "byol", "--input-size", "9"], "no option --input-size: did you mean --size?"),
+        (["localize", "--size", "9"], "no option --size: did you mean --input-size?"),
+        (["embed", "--img_size=9"], "no option --img_size: did you mean --size?"),
+        (
+            ["recipes", "byol-200ep"],
+            "'byol-1000ep', 'byol-40ep'?); firstsight recipes lists all",
+        ),
+        (["recipes", "zzz"], "no recipe called 'zzz'; firstsight recipes lists all"),
     ],
 )
 def test_what_a_user_can_mend_is_said_with_exit_code_2(args, said, capsys):
@@ -132,6 +147,36 @@ def test_a_switch_alone_is_on_and_eats_nothing():
     assert parsed.epochs == 1.0
     with pytest.raises(UserError, match="'maybe' is not bool"):
         settings.merged(start, {"compile": "maybe"}, "c.yaml")
+
+
+def test_help_speaks_of_words_and_takes_them(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "dino", "--help"])
+    said = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "--help"])
+    said += capsys.readouterr().out
+    assert not re.search(r"True|False|None|STR|''|\(default: *\)", said)
+    assert "--compile {yes,no}" in said and "--resident {yes,no,auto}" in said
+    assert "--drops FLOAT ..." in said and "[OPTIONS] SRC DST" in said
+    start = settings.Pretrain(data="x", lr=1.0, weight_decay_end=0.4)
+    args = [
+        "--lr",
+        "unset",
+        "--weight-decay-end",
+        "None",
+        "--resident",
+        "auto",
+        "--drops",
+        ".1",
+        ".2",
+    ]
+    parsed = flags.flagged(settings.Pretrain, args, "pretrain", "", start)
+    assert (parsed.lr, parsed.weight_decay_end, parsed.resident) == (None, None, "auto")
+    assert parsed.drops == (0.1, 0.2)
+    assert flags.flagged(settings.Pretrain, ["--resident"], "", "", start).resident is True
+    asked = cli_judge.Linear(checkpoint="x", train="y", test="z")
+    assert flags.flagged(cli_judge.Linear, ["--nesterov", "no"], "", "", asked).nesterov is False
 
 
 def test_a_slash_is_a_dot_in_flags():
@@ -258,3 +303,10 @@ def test_the_same_from_python():
         firstsight.pretrain("simclr", data="scenes:train@64", epohcs=1)
     backbone = firstsight.load_backbone("random:resnet18")
     assert (backbone.width, backbone.stride, backbone.name) == (512, 32, "resnet18")
+
+
+def test_a_protocol_reads_as_words(capsys):
+    protocol = {"k": [1, 5], "nesterov": False, "versions": {"torch": "2.9"}, "layer": None}
+    shown.show("t", ["k"], [["1"]], {"protocol": protocol}, None)
+    said = "protocol: k 1 5, nesterov no, versions (torch 2.9), layer none\n"
+    assert capsys.readouterr().out.endswith(said)

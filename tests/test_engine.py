@@ -18,7 +18,7 @@ from firstsight.log import read_log
 from firstsight.order import Epochs
 from firstsight.probe import KnnProbe
 from firstsight.schedule import due
-from tests.tiny import Patches, config
+from tests.tiny import NETWORK, Patches, config
 
 
 def train(folder, source=None, probe=None, **values):
@@ -171,7 +171,9 @@ def test_a_refused_command_changes_nothing_and_is_refused_again(tmp_path):
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     other = dataclasses.replace(settings, epochs=3.0, lr=1.0)
     for _ in range(2):
-        with pytest.raises(UserError, match=r"started otherwise: --lr 1.0 \(was None\)"):
+        with pytest.raises(
+            UserError, match=r"started otherwise: --lr 1.0 \(was unset\); use --lr unset to"
+        ):
             run.pretrain("simclr", other)
         assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
 
@@ -181,6 +183,8 @@ def test_more_epochs_extend_a_finished_run(tmp_path, capsys):
     settings = config("simclr", tmp_path, data="scenes:train@32")
     assert settings.warmup_epochs > 0
     run.pretrain("simclr", settings)
+    begins = "on cpu in fp32: 2 epochs of 32 images, 8 steps of 8"
+    assert f"simclr, {NETWORK} {begins}; writing {tmp_path}\n" in capsys.readouterr().err
     run.pretrain("simclr", settings)
     assert "is finished" in capsys.readouterr().err
     run.pretrain("simclr", config("simclr", tmp_path, data="scenes:train@32", epochs=3.0))

@@ -98,6 +98,18 @@ def words(page: Page) -> str:
     return " ".join(page.text.split())
 
 
+def test_a_run_of_one_step_shows_a_point_and_claims_no_change(tmp_path: Path) -> None:
+    knn = {"untrained": 12.5, "trained": 12.5, "protocol": PROTOCOL}
+    records = [{"step": 1, "epoch": 1.0, "loss": 3.92, "lr": 0.1}]
+    text, page = report(make_run(tmp_path / "a", records, finished=False))
+    assert "→" not in page.text and "Loss, logged once so far." in page.text
+    assert text.count('class="dot') == 2  # of the loss, of the learning rate
+    records.append({"step": 2, "epoch": 2.0, "loss": 3.92, "lr": 0.1})
+    text, page = report(make_run(tmp_path / "b", records, knn=knn))
+    assert "→" not in page.text and "12.5\N{NO-BREAK SPACE}% no change" in page.text
+    assert text.count('class="dot') == 4
+
+
 def test_the_figures_of_a_finished_run_are_there_to_the_digit(tmp_path: Path) -> None:
     _, page = report(make_run(tmp_path / "run"))
     said = words(page)
@@ -302,6 +314,8 @@ def test_runs_read_by_different_protocols_are_not_compared_silently(tmp_path: Pa
     knn = {"untrained": 1.0, "trained": 2.0, "protocol": {**PROTOCOL, "k": 200}}
     said = words(report(first, make_run(tmp_path / "second", knn=knn))[1])
     assert "The protocols differ (k), so the figures do not compare directly" in said
+    assert "where the runs differProtocolfirstsecond k differs20200 How k-NN was read" in said
+    assert said.count("temperature0.07") == 1 and "ProtocolAll runs temperature0.07" in said
 
 
 def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -197,28 +196,51 @@ def start_method(method: torch.nn.Module, name: str, spec: str) -> None:
 def _published(kind: str, name: str) -> Backbone:
     try:
         if kind == "timm":
-            import timm
-
+            fetch = f"timm; timm.create_model({name!r}, pretrained=True)"
             backbone = backbones.build(f"timm:{name}")
-            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded unasked
-            weights = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
-            load_state(backbone.get_submodule("network"), weights, f"timm:{name}")
+            load_state(backbone.get_submodule("network"), _of_timm(name), f"timm:{name}")
         else:
             import torchvision
 
+            fetch = f"torchvision; torchvision.models.get_model({name!r}, weights='DEFAULT')"
             backbone = backbones.build(name)
             published = torchvision.models.get_model_weights(name).DEFAULT
-            file = Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name
-            if not file.exists():
-                raise OSError(f"{file} does not exist")
+            file = _require_fetched(published.url)
             weights = torch.load(file, map_location="cpu", weights_only=True)
             weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
             load_state(backbone, weights, f"torchvision:{name}")
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"the weights of {kind}:{name} are not at hand ({_first_line(error)})"
+            f"the weights of {kind}:{name} are not at hand ({_first_line(error)}); fetch them once "
+            f'with: python -c "import {fetch}"'
         ) from error
     return backbone
+
+
+def _of_timm(name: str) -> dict[str, torch.Tensor]:
+    """timm's published weights, where they are in a cache: nothing is downloaded unasked."""
+    import timm
+    from huggingface_hub import constants
+
+    said = timm.get_pretrained_cfg(name)
+    if said is not None and said.url and not said.hf_hub_id:
+        _require_fetched(str(said.url))
+    # the variable HF_HUB_OFFLINE is read when that package is imported, which timm has done
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        weights: dict[str, torch.Tensor]
+        weights = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+        return weights
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _require_fetched(url: str) -> Path:
+    """Where torch keeps what it once downloaded from there."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    if not file.exists():
+        raise OSError(f"{file} does not exist")
+    return file
 
 
 def _from_run(folder: Path) -> tuple[Backbone, dict[str, Any]]:

@@ -52,7 +52,7 @@ def report(fit: Fit) -> dict[str, Any]:
 
 
 def write(fit: Fit, src: str, dst: str, *, to: str, allow_partial: bool = False) -> dict[str, Any]:
-    """Write a backbone to `dst`, a file or a folder, with `backbone.json` beside it.
+    """Write a backbone to `dst`, a file or a folder, and a JSON of its name that tells of it.
 
     Raises UserError where tensors are missing (unless `allow_partial`) and where the library has no
     network that would give the same features.
@@ -87,13 +87,8 @@ def _file(dst: Path, suffix: str) -> Path:
 
 
 def _beside(path: Path, suffix: str) -> Path:
-    """backbone.json next to the file, unless it speaks of another file there."""
-    if not suffix:
-        return path / "backbone.json"
-    usual = path.with_name("backbone.json")
-    if usual.exists() and f'"file": "{path.name}"' not in usual.read_text():
-        return path.with_suffix(".json") if path.stem != "backbone" else usual
-    return usual
+    """What the file is: `backbone.json` in a folder, else the name of the file with `.json`."""
+    return path.with_suffix(".json") if suffix else path / "backbone.json"
 
 
 def _about(fit: Fit, to: str) -> dict[str, Any]:

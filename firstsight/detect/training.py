@@ -35,7 +35,7 @@ from firstsight.log import Log, Meter, read_log, say, told
 from firstsight.nets import cast_to
 from firstsight.order import Epochs
 from firstsight.schedule import Schedule, due
-from firstsight.settings import flag, merged, plain, read_yaml, write_yaml
+from firstsight.settings import merged, plain, read_yaml, write_yaml
 
 
 @dataclass(kw_only=True)
@@ -177,10 +177,7 @@ def _begin_or_continue(config: Train, out: Path) -> None:
         old = plain(merged(config, values, str(earlier)))
         differing = folders.differences(old, plain(config), UNBOUND)
         if differing:
-            told_of = ", ".join(
-                f"{flag(k)} {new} (was {was})" for k, (was, new) in differing.items()
-            )
-            raise UserError(f"{out} was started otherwise: {told_of}; use another --out")
+            raise folders.started_otherwise(out, differing)
     elif distributed.rank() == 0:
         (out / "log.jsonl").unlink(missing_ok=True)  # of a run that saved nothing
         write_yaml(earlier, {"name": "detect", **plain(config)})
@@ -238,6 +235,8 @@ def trained(
 ) -> tuple[Run, dict[str, Any] | None]:
     """Train from where the run in `out` stands; its end, and the figures of the test images."""
     device, world = distributed.device(), distributed.world()
+    if config.warmup_steps >= steps:
+        say(f"--warmup-steps {config.warmup_steps}: the rate rises in all {steps} steps")
     schedule = Schedule(
         steps=steps,
         peak=config.peak_lr,

@@ -22,7 +22,7 @@ class Network(Common):
     """SOURCE of the images."""
     stages: int | None = None
     """The last stage that is computed: of a ResNet 0 (stem) to 4; timm:NAME numbers its own.
-    None: the whole network."""
+    Unset: the whole network."""
     activation: Literal["own", "relu", "sigmoid", "atan", "tanh", "gelu", "silu", "identity"] = (
         "own"
     )
@@ -100,8 +100,8 @@ class Masks(Network):
     grid: int = 4
     """Cells a side."""
     layout: Literal["ours", "published"] | None = None
-    """JSON with what made the grids, or the published file of keys CLASS/FILE; None: published with
-    --compat."""
+    """JSON with what made the grids, or the published file of keys CLASS/FILE; unset: published
+    with --compat."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

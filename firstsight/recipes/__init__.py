@@ -41,7 +41,7 @@ def names(folder: str = "") -> list[str]:
 def read(name: str) -> Recipe:
     """A recipe by its name."""
     if name not in names() + names("detect"):
-        raise unknown("recipe", name, names() + names("detect"))
+        raise unknown("recipe", name, names() + names("detect"), "firstsight recipes")
     path = _HERE / ("detect" if name in names("detect") else "") / f"{name}.yaml"
     text, values = path.read_text(), read_yaml(path)
     told = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("#")]

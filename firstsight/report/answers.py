@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -22,16 +23,26 @@ _ERRORS = 2
 """Standard errors of an accuracy that a difference must exceed to count."""
 
 
-def answers(run: Run) -> str:
-    """Is it learning, has it collapsed, which checkpoint should I take: as HTML."""
-    told = (
-        ("Is it learning?", learning(run)),
-        ("Has it collapsed?", collapsed(run)),
-        ("Which checkpoint should I take?", checkpoint(run)),
-    )
-    items = "".join(
-        f"<dt>{question}</dt>\n<dd>{escape(sentence)}</dd>\n" for question, sentence in told
-    )
+def answers(runs: Sequence[Run]) -> str:
+    """Is it learning, has it collapsed, which checkpoint should I take: as HTML.
+
+    What holds for several runs is said once, and of whom where it does not hold for all.
+    """
+    if not runs:
+        return ""
+    items = ""
+    for question, answer in (
+        ("Is it learning?", learning),
+        ("Has it collapsed?", collapsed),
+        ("Which checkpoint should I take?", checkpoint),
+    ):
+        said: dict[str, list[str]] = {}
+        for run in runs:
+            said.setdefault(answer(run), []).append(run.label)
+        items += f"<dt>{question}</dt>\n"
+        for sentence, labels in said.items():
+            whose = f"<b>{escape(', '.join(labels))}</b>: " if len(said) > 1 else ""
+            items += f"<dd>{whose}{escape(sentence)}</dd>\n"
     return f"<dl>\n{items}</dl>\n"
 
 
@@ -42,18 +53,22 @@ def learning(run: Run) -> str:
     """
     now, before = _latest(run), run.untrained
     if before is not None and now is not None:
-        said = f"k-NN went from {before:.1f} % untrained to {now:.1f} %"
+        said = f"k-NN {_moved(f'{before:.1f} %', f'{now:.1f} %', 'untrained')}"
         return _gained(said, now - before, _margin(run, now))
     for name, figure, points in _accuracies(run):
         (start, before), (end, now) = points[0], points[-1]
         if start < end:
-            said = f"{figure.said}{_on(run.readings[name][-1])} went from {before:.1f} % at step "
-            said += f"{start:,.0f} to {now:.1f} %"
+            said = f"{figure.said}{_on(run.readings[name][-1])} "
+            said += _moved(f"{before:.1f} %", f"{now:.1f} %", f"at step {start:,.0f}")
             return _gained(said, now - before, _error(now, _asked(run.readings[name][-1])))
     return (
         "Not measured: a loss does not say how good features are. Readings of labelled images do: "
         "--probe-test SOURCE, or firstsight evaluate knn RUN --snapshots."
     )
+
+
+def _moved(before: str, now: str, when: str) -> str:
+    return f"went from {before} {when} to {now}" if before != now else f"stayed at {now}"
 
 
 def _gained(said: str, gain: float, margin: float) -> str:

@@ -47,7 +47,7 @@ def _headline(run: Run) -> str:
     else:
         before, latest, when = None, before, "before pretraining; there is no other reading yet."
     gain = _gain(after - before) if before is not None and after is not None else ""
-    start = f'<span class="from">{before:.1f}</span> → ' if before is not None else ""
+    start = _start(None if before is None else f"{before:.1f}", f"{latest:.1f}")
     return (
         f'<p class="figure">{start}<b>{latest:.1f}{PERCENT}</b> {gain}</p>\n'
         f'<p class="lead">k-NN accuracy on {_test(run)}, {when} {_protocol_in_words(run)}</p>\n'
@@ -58,12 +58,18 @@ def _loss_headline(run: Run) -> str:
     losses = [v for _, v in run.curve("loss") if math.isfinite(v)]
     if not losses:
         return '<p class="lead">Nothing has been logged yet.</p>\n'
+    first, last = brief(losses[0]), brief(losses[-1])
+    when = "from the first logged step to the last" if len(losses) > 1 else "logged once so far"
     return (
-        f'<p class="figure"><span class="from">{brief(losses[0])}</span> → '
-        f'<b>{brief(losses[-1])}</b></p>\n<p class="lead">Loss, from the first logged step to '
-        "the last. A loss does not say how good the features are: with labels for some images, "
+        f'<p class="figure">{_start(first, last)}<b>{last}</b></p>\n<p class="lead">Loss, {when}. '
+        "A loss does not say how good the features are: with labels for some images, "
         "<code>--probe-test SOURCE</code> adds k-NN readings.</p>\n"
     )
+
+
+def _start(first: str | None, last: str) -> str:
+    """Where a figure comes from; nothing where it did not move."""
+    return "" if first in (None, last) else f'<span class="from">{first}</span> → '
 
 
 def _test(run: Run) -> str:
@@ -76,6 +82,8 @@ def _part(run: Run, role: str) -> dict[str, Any]:
 
 
 def _gain(points: float) -> str:
+    if f"{abs(points):.1f}" == "0.0":
+        return '<span class="gain">no change</span>'
     sign = "+" if points >= 0 else "\N{MINUS SIGN}"
     look = "gain" if points >= 0 else "gain loss"
     return f'<span class="{look}">{sign}{abs(points):.1f} points</span>'

@@ -22,6 +22,9 @@ _SIDE = 1000
 _MOST = 400
 """Points of a curve that are drawn; a screen shows no more."""
 
+_FEW = 5
+"""Points of a curve that is hardly a line: they are marked, or nobody would see them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
@@ -52,7 +55,8 @@ def chart(
     """A figure of the series over steps, or another `axis`; empty where no value is finite.
 
     `smooth` draws the points thin and their trend bold; `marked` puts a marker on each
-    point; `level` is a dashed horizontal line and what it means; `note` explains the figure;
+    point, as curves of a few points have in any case; `level` is a dashed horizontal line and
+    what it means; `note` explains the figure;
     `until` is the last step that the axis shows, at least; `over` is what a step is called, and
     `ends` says the last values beside the title.
     """
@@ -80,8 +84,10 @@ def chart(
             parts.append(_line(decimated(means[id(s)]), at, look))
         else:
             parts.append(_line(decimated(s.points), at, look))
-    for s in drawn if marked else ():
-        parts += [_marker(s, point, at, unit, axis) for point in finite(s.points)]
+    for s in drawn:
+        points = finite(s.points)
+        if marked or len(points) <= _FEW:
+            parts += [_marker(s, point, at, unit, axis) for point in points]
     labels = [
         f'<span class="y" style="top:{(high - t) / (high - low):.2%}">{told(t, ticks)}</span>'
         for t in ticks
@@ -267,8 +273,9 @@ def _ends(series: Sequence[Series], unit: str, large: bool, valued: bool) -> str
         if len(series) == 1 and s.colour == 0 and not valued:
             return ""
         if len(series) == 1 and s.colour == 0:
-            first = f"{brief(points[0][1])} → " if len(points) > 1 else ""
-            return f'<p class="ends">{first}{value}</p>'
+            first = brief(points[0][1])
+            start = "" if first == brief(points[-1][1]) else f"{first} → "
+            return f'<p class="ends">{start}{value}</p>'
         name = escape(s.label) if large else ""
         hidden = "" if large else f'<span class="unseen">{escape(s.label)}</span>'
         said.append(f"<li>{swatch(s.colour)}{name}{hidden} {value}</li>")

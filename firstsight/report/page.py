@@ -30,7 +30,7 @@ def page(runs: Sequence[Run]) -> str:
     title = _title(lone) if lone else f"{len(runs)} runs compared"
     body = [
         header(title, runs),
-        section("In short", _answers([run for run in runs if not run.detects])),
+        section("In short", answers([run for run in runs if not run.detects])),
         *(section(title, content) for title, content in detection.sections(runs)),
         section("Curves", curves(runs)),
         *all_pictures(runs),
@@ -47,11 +47,6 @@ def page(runs: Sequence[Run]) -> str:
         f"<style>\n{style}{more_style}</style>\n</head>\n"
         f"<body>\n<main>\n{''.join(body)}</main>\n{map_script}</body>\n</html>\n"
     )
-
-
-def _answers(runs: Sequence[Run]) -> str:
-    parts = [("" if len(runs) == 1 else f"<h3>{escape(r.label)}</h3>\n") + answers(r) for r in runs]
-    return "".join(parts)
 
 
 def _title(run: Run) -> str:

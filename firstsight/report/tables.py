@@ -89,18 +89,20 @@ def _sided(
         [(escape(_worded(n)), [_exact(f.get(n)) for f in figures]) for n in _union(figures)],
         caption=caption,
     )
-    depends_on = table(
-        ["Protocol", *own],
-        [
-            (
-                escape(_worded(n)) + (MARK if n in differing else ""),
-                [escape(typed(protocol.get(n, NONE))) for protocol in protocols],
-            )
-            for n in _union(protocols)
-        ],
-        left=1 + len(runs),
-        caption=f"How {name} was read",
-    )
+    caption = f"How {name} was read"
+    depends_on = ""
+    if differing:
+        rows = [
+            (escape(_worded(n)) + MARK, [escape(typed(p.get(n, NONE))) for p in protocols])
+            for n in differing
+        ]
+        where = f"{caption}, where the runs differ"
+        depends_on = table(["Protocol", *own], rows, left=1 + len(runs), caption=where)
+    common = {n: v for p in protocols for n, v in p.items() if n not in differing}
+    alike = [(escape(_worded(n)), [escape(typed(v))]) for n, v in common.items()]
+    whose = [head for head, protocol in zip(own, protocols, strict=True) if protocol]
+    shared = "All runs" if 1 < len(whose) == len(runs) else ", ".join(whose)
+    depends_on += table(["Protocol", shared], alike, left=2, caption=caption)
     return (
         f'<div class="pair tables">\n<div>\n{came_out}{below}</div>\n'
         f"<div>\n{depends_on}</div>\n</div>\n"

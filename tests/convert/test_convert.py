@@ -287,12 +287,12 @@ def test_a_stem_of_3x3_goes_only_where_it_is_understood(tmp_path):
     same(again.state_dict(), state)
 
 
-def test_backbone_json_says_what_it_is_and_does_not_hide_another(moco, tmp_path):
+def test_a_json_of_its_name_says_what_a_file_is_and_hides_no_other(moco, tmp_path):
     file, _ = moco
     first = convert.run(file, str(tmp_path / "a.pth"), to="torchvision", half="query")
     second = convert.run(file, str(tmp_path / "b.pth"), to="timm")
     again = convert.run(file, str(tmp_path / "a.pth"), to="torchvision")
-    assert first["files"][-1] == again["files"][-1] == str(tmp_path / "backbone.json")
+    assert first["files"][-1] == again["files"][-1] == str(tmp_path / "a.json")
     assert second["files"][-1] == str(tmp_path / "b.json")
     _, about = lines_of(again)
     assert (about["format"], about["half"], about["matched"]) == ("moco", "query", 120)

@@ -263,8 +263,9 @@ def test_the_command_trains_judges_and_reports(folders, tmp_path, capsys):
     words += f"{masks} --test-data {images} --test-annotations {masks} --out {out} --steps 1 "
     words += "--short-sides 40 --test-side 40 --batch-size 2 --device cpu --threads 1"
     cli.main(words.split())
-    said = capsys.readouterr().out
-    assert "mIoU" in said and "IoU, blue" in said
+    said = capsys.readouterr()
+    assert "mIoU" in said.out and "IoU, blue" in said.out
+    assert "--warmup-steps 500: the rate rises in all 1 steps" in said.err
     page = (tmp_path / "run/report.html").read_text()
     for text in ("Mean IoU on the test images", "pixels that are right", "blue", "data:image/png"):
         assert text in page
