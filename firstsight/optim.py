@@ -31,8 +31,7 @@ def groups(
                 if kind == "weight" and parameter.ndim < 2:
                     kind = "vector"
                 part = "free" if kind in undecayed else "decayed"
-                if variant and variant.excludes(kind, name):
-                    part = "excluded"
+                part = variant.part(kind, name, part) if variant else part
                 parts[part].append(parameter)
     more: dict[str, dict[str, Any]] = {"decayed": {}, "free": {"weight_decay": 0.0}}
     more["excluded"] = {"weight_decay": 0.0, "excluded": True}
