@@ -249,7 +249,8 @@ def test_a_sampled_run_in_small_windows_resumes_bit_for_bit(tmp_path, monkeypatc
     broken = ended(tmp_path / "broken")
     assert all(torch.equal(tensor, broken[key]) for key, tensor in whole.items())
     records = read_log(tmp_path / "whole" / "log.jsonl")
-    assert {"embedding_norm", "prototype_norm", "prototype_norm_min"} < set(records[-1])
+    lengths = {f"{of}_norm{kind}" for of in ("embedding", "prototype") for kind in ("", "_median")}
+    assert lengths | {"prototype_gradient_norm", "gradient_norm"} < set(records[-1])
     assert records[-1]["prototype_steps_left_out"] == 0
     assert len(records) == 12 and records[-1]["epoch"] == 2
 
@@ -296,10 +297,25 @@ def test_every_image_is_told_from_all_after_some_steps():
     assert output.scalars["instance_accuracy"] > 90
 
 
-def test_prototypes_of_one_length():
-    pic = method(shortest=0.3, longest=0.3)
-    stepped(pic, batch(4))
-    torch.testing.assert_close(pic.prototypes.weight.norm(dim=1), torch.full((30,), 0.3).double())
+def test_prototypes_have_a_least_and_a_greatest_length_or_one():
+    """Of so short ones as at the start those that are moved fly off; the others are stretched."""
+    for bounds in ((0.3, 5.0), (0.3, 0.3)):
+        pic = method(shortest=bounds[0], longest=bounds[1])
+        stepped(pic, batch(4))
+        norms = pic.prototypes.weight.norm(dim=1)
+        assert (norms.min().item(), norms.max().item()) == pytest.approx(bounds)
+
+
+def test_the_gradient_of_prototypes_is_told_and_cut():
+    moves, told = [], 0.0
+    for share in (0.0, 0.25):
+        pic = method(prototype_decay=0.0, prototype_clip=share * told)
+        before = pic.prototypes.weight.clone()
+        told = pic(batch(5)).scalars["prototype_gradient_norm"].item()
+        pic.after_step(0.0, 0.1)
+        moves.append(pic.prototypes.weight - before)
+    assert moves[0].norm().item() == pytest.approx(0.1 * told, rel=1e-12)
+    torch.testing.assert_close(moves[1], moves[0] / 4, rtol=1e-9, atol=1e-15)
 
 
 def test_the_published_settings():
