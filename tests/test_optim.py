@@ -57,6 +57,13 @@ def test_scrl_lars_makes_the_published_step():
     assert (weight - moved).tolist() == pytest.approx([0.00433333, 0.00133333], abs=5e-9)
 
 
+def test_lars_of_pics_simclr_makes_the_published_step():
+    """Weight decay enters the length of the gradient: ratio .00367607, unlike SCRL's .00333333."""
+    weight, gradient = torch.tensor([[3.0, 4.0]]).double(), torch.tensor([[1.0, 0.0]]).double()
+    (moved,) = stepped("pixpro", [1.0], [(weight, [gradient])], decay=0.1)
+    assert (weight - moved)[0].tolist() == pytest.approx([0.0047789, 0.0014704], abs=5e-8)
+
+
 def test_nesterov_in_lars_is_that_of_sgd_with_an_adapted_gradient():
     """torch's own SGD on the adapted gradients, by hand, is the same walk."""
     value = waves((3, 4), 0.1)

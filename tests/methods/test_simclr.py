@@ -4,7 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from firstsight.methods.simclr import nt_xent
+from firstsight.backbones import build
+from firstsight.methods.simclr import Config, SimCLR, nt_xent
+from tests.methods.test_all import batch_of
+from tests.tiny import NETWORK
 
 
 def wave(shape, phase):
@@ -44,3 +47,43 @@ def test_the_loss_is_computed_in_full_under_autocast():
         low = nt_xent(first, second, 0.1)
     assert low.dtype == torch.float32
     assert low.item() == pytest.approx(0.764324, abs=1e-5)
+
+
+def test_detached_keys_send_no_gradient_as_in_pics_code():
+    """The same loss; of its gradient, by a plain loop, the part of the embedding that asks."""
+    torch.manual_seed(0)
+    rows = torch.randn(6, 4, dtype=torch.float64)
+    whole, half, byhand = (rows.clone().requires_grad_() for _ in range(3))
+    losses = []
+    for leaf, keys in ((whole, "learn"), (half, "detached")):
+        losses.append(nt_xent(leaf[:3], leaf[3:], 0.5, keys))
+        losses[-1].backward()
+    queries = F.normalize(byhand, dim=1)
+    total = torch.zeros(())
+    for i in range(6):
+        scores = [queries[i] @ queries[k].detach() / 0.5 for k in range(6) if k != i]
+        asked = queries[i] @ queries[(i + 3) % 6].detach() / 0.5
+        total = total - asked + torch.stack(scores).logsumexp(dim=0)
+    (total / 6).backward()
+    assert losses[0].item() == losses[1].item() == pytest.approx(total.item() / 6, abs=1e-12)
+    torch.testing.assert_close(half.grad, byhand.grad, rtol=1e-10, atol=1e-12)
+    assert (whole.grad - half.grad).norm() > 0.3 * whole.grad.norm()
+
+
+def test_pics_simclr_has_a_plain_projector_and_blocks_that_begin_as_the_identity():
+    backbone = build("resnet18", stem="small", size=32)
+    simclr = SimCLR(Config(projector="mlp", zero_init=True, dim=8, keys="detached"), backbone, 9)
+    shapes = [(tuple(layer.weight.shape), layer.bias is None) for layer in simclr.projector[::2]]
+    assert shapes == [((2048, 512), False), ((8, 2048), False)] and len(simclr.projector) == 3
+    last = [p for key, p in simclr.backbone.named_parameters() if key.endswith("bn2.weight")]
+    assert len(last) == 8 and not any(p.any() for p in last)
+    projected = SimCLR(Config(dim=8), build("resnet18", stem="small", size=32), 9).projector
+    assert isinstance(projected[4], torch.nn.BatchNorm1d) and not projected[4].bias.requires_grad
+
+    def gradient(keys):
+        torch.manual_seed(0)
+        simclr = SimCLR(Config(dim=8, hidden=16, keys=keys), build(NETWORK, size=32), 9)
+        simclr(batch_of(4, 2, (32, 32))).loss.backward()
+        return simclr.projector[0].weight.grad
+
+    assert not torch.allclose(gradient("learn"), gradient("detached"))
