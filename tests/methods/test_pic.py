@@ -74,8 +74,26 @@ def test_no_loss_is_below_that_of_a_simplex(classes):
     for temperature in (0.07, 0.2):
         floor = math.log1p((classes - 1) * math.exp(-classes / (classes - 1) / temperature))
         assert pic_loss(simplex, simplex, index, temperature).item() == pytest.approx(floor)
-    published = math.log1p(1_281_166 * math.exp(-1_281_167 / 1_281_166 / 0.2))
-    assert published == pytest.approx(9.063, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("classes", "first", "floors"),
+    [(1_281_167, 14.063, (0.588, 4.080, 9.063)), (65_536, 11.090, (0.040, 1.380, 6.093)),
+     (50_000, 10.820, (0.031, 1.185, 5.823)), (1000, 6.908, (0.001, 0.044, 2.041))],
+)  # fmt: skip
+def test_the_published_table_of_first_and_lowest_losses(classes, first, floors):
+    """One image of a simplex has cosine 1 with its own prototype and -1 / (C - 1) with others."""
+    dim, index = 3, torch.zeros(1, dtype=torch.long)
+    z = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
+    across = torch.zeros(classes, dim, dtype=torch.float64)
+    across[:, 1] = 1.0
+    assert pic_loss(z, across, index, 0.2).item() == pytest.approx(first, abs=5e-4)
+    share = -1 / (classes - 1)
+    simplex = torch.tensor([[share, math.sqrt(1 - share**2), 0.0]]).double().repeat(classes, 1)
+    simplex[0] = z[0]
+    for temperature, floor in zip((0.07, 0.1, 0.2), floors, strict=True):
+        lowest = pic_loss(z, simplex, index, temperature).item()
+        assert lowest == pytest.approx(floor, abs=5e-4)
 
 
 def test_the_first_loss_is_the_log_of_the_number_of_images():
