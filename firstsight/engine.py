@@ -111,6 +111,7 @@ def pretrain(
             alone = device.type == "cpu" and distributed.world() == 1
             if not config.skip_nonfinite and (logging or saving or alone):
                 guards.refuse_nonfinite_loss(output.loss, method, step, out)
+            steep = guards.steepness(optimizer, scaler) if logging or reading else {}
             stepped = update.apply(method, optimizer, scaler, config, progress, lr)
             if online:
                 online.learn(step, steps, method.backbone, output.features, batch.label)
@@ -126,15 +127,14 @@ def pretrain(
                     "loss": distributed.mean(output.loss),
                     "lr": lr,
                     **watch.pace(),
-                    "bad_images": float(len(state.bad)),
+                    **steep,
+                    **state.counts(),
                     "feature_spread": distributed.mean(metrics.spread(output.features.float())),
                     **{key: distributed.mean(value) for key, value in output.scalars.items()},
                 }
                 watch.note(figures)
                 slow = figures["images_per_second"] < config.batch_size or distributed.world() == 1
                 often = distributed.anyone(slow)
-                if scaler.is_enabled():
-                    figures["skipped_steps"] = float(state.skipped)
                 if reading:
                     watch.reads()
                     state.settle()

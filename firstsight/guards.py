@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from firstsight import distributed
 from firstsight.errors import UserError
 from firstsight.log import say
-from firstsight.parallel import local
+from firstsight.parallel import lengths, local, members
 from firstsight.settings import Pretrain
 
 
@@ -46,6 +46,20 @@ def scaler(config: Pretrain) -> torch.amp.GradScaler:
     if config.precision == "fp16":
         return torch.amp.GradScaler(device)
     return torch.amp.GradScaler(device, init_scale=1.0, growth_interval=2**31 - 1, enabled=skips)
+
+
+def steepness(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict[str, float]:
+    """For the log, between backward and update: length of the gradient, before it is clipped.
+
+    Of all that the optimiser moves, over all ranks; left out where it is not finite. With a scaler
+    its scale too. On all ranks.
+    """
+    moved = [p for p in members(optimizer) if p.grad is not None]
+    gradients: list[Tensor] = [p.grad for p in moved if p.grad is not None]
+    scale = scaler.get_scale()
+    length = torch.stack([x.float() for x in lengths(moved, gradients)]).norm().item() / scale
+    told = {"gradient_norm": length} if math.isfinite(length) else {}
+    return told | ({"loss_scale": scale} if scaler.is_enabled() else {})
 
 
 def refuse_nonfinite_loss(loss: Tensor, method: nn.Module, step: int, out: Path) -> None:

@@ -33,7 +33,7 @@ class Variant:
     excluded: tuple[Kind, ...] = ("norm", "bias", "vector")
     """Tensors that are neither adapted nor decayed: plain SGD."""
     excluded_names: str = ""
-    """Exclude by a pattern of names in place of kinds."""
+    """Exclude by a pattern of names in place of kinds; all others then decay, norms too."""
     rate_in_buffer: bool = False
     """The learning rate multiplies what enters the buffer; else what leaves it."""
     decays_without_gradient: bool = True
@@ -45,11 +45,11 @@ class Variant:
     excluded_rate_squared: bool = False
     """Excluded gradients are multiplied by the learning rate twice."""
 
-    def excludes(self, kind: str, name: str) -> bool:
-        """Whether a parameter of this kind and name takes plain steps."""
-        if self.excluded_names:
-            return re.search(self.excluded_names, name) is not None
-        return kind in self.excluded
+    def part(self, kind: str, name: str, otherwise: str) -> str:
+        """Of a parameter of this kind and name: `excluded`, `decayed`, or as it is `otherwise`."""
+        if not self.excluded_names:
+            return "excluded" if kind in self.excluded else otherwise
+        return "excluded" if re.search(self.excluded_names, name) else "decayed"
 
 
 VARIANTS = {

@@ -34,8 +34,7 @@ def groups(
                 if kind == "weight" and parameter.ndim < 2:
                     kind = "vector"
                 part = "free" if kind in undecayed else "decayed"
-                if variant and variant.excludes(kind, name):
-                    part = "excluded"
+                part = variant.part(kind, name, part) if variant else part
                 parts[part, still].append(parameter)
     return [{"params": p, "steady": s, **more[part]} for (part, s), p in parts.items() if p]
 

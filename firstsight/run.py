@@ -127,6 +127,8 @@ def _opened(config: Pretrain) -> tuple[Pretrain, Source]:
         merging.merger_of(config, source)  # refuses masks that miss some images
     if config.order != "epochs" and config.window_size > len(source):
         say(f"--window-size {config.window_size}: each pass visits all {len(source)} images")
+    if (queue := getattr(config.method, "queue_size", 0)) > len(source):
+        say(f"--method.queue-size {queue}: each of the {len(source)} images is in it repeatedly")
     _probe(config, source)
     return config, source
 

@@ -131,6 +131,11 @@ class State:
             what += f" are not finite (--skip-nonfinite {self.config.skip_nonfinite})"
             raise guards.since_last_good(what, self.out)
 
+    def counts(self) -> dict[str, float]:
+        """For the log: images that could not be decoded, steps left out where some may be."""
+        skipped = {"skipped_steps": float(self.skipped)} if self.scaler.is_enabled() else {}
+        return {"bad_images": float(len(self.bad)), **skipped}
+
     def _open_stores(self, step: int | None) -> None:
         """Have rows that rest outside the checkpoint as they were when it was saved."""
         for name, rows in fetched.inside(self.method).items():

@@ -73,7 +73,7 @@ class Watch:
         self._seen, self._leaving, self._broken = -1, False, False
         self._asked = self._waited = self._since = 0.0
         self._images = self._alike = 0
-        self._scarce = False
+        self._scarce = self._tiny = False
 
     # --- what the loop calls
 
@@ -111,7 +111,7 @@ class Watch:
         self._move(self._step, _READING)
 
     def note(self, figures: dict[str, float]) -> None:
-        """Say once where features or embeddings have become alike for all images."""
+        """Say once where features or embeddings have become alike, or float16 has no range left."""
         alike = {k: v for k, v in figures.items() if k.endswith("spread") and not v >= _ALIKE}
         self._alike = self._alike + 1 if alike else 0
         if self._alike == _IN_A_ROW:
@@ -119,6 +119,13 @@ class Watch:
             say(
                 f"collapse: {told} at step {self._step} (0: the same for all images); a lower --lr "
                 "or a longer --warmup-epochs may help, and diagnose tells more"
+            )
+
+        if figures.get("loss_scale", 1.0) < 1 and not self._tiny:
+            self._tiny = True
+            say(
+                f"float16 overflows again and again: its scale is {figures['loss_scale']:g} at "
+                f"step {self._step}, and small gradients vanish; use --precision bf16 or fp32"
             )
 
     def __enter__(self) -> Watch:

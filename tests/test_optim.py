@@ -233,6 +233,10 @@ def test_what_each_variant_excludes():
         assert excluded(variant) == norms | {"head.bias", "scale"}
     by_name = {name for name in names.values() if "bias" in name} | {"layer1.0.bn2.weight"}
     assert excluded("scrl-published") == by_name
+    for kinds in ((), ("norm", "bias")):  # scales of other norms are decayed as published
+        parts = optim.groups(net, kinds, lars.VARIANTS["scrl-published"])
+        assert [part.get("weight_decay") for part in parts] == [None, 0.0]
+        assert {names[id(p)] for p in parts[0]["params"]} == set(names.values()) - by_name
 
 
 def test_the_command_line_knows_every_variant():

@@ -8,7 +8,7 @@ import torch
 from firstsight import cli, methods, recipes, settings
 from firstsight.errors import UserError
 from firstsight.schedule import Schedule
-from firstsight.views import PRESETS, Merge
+from firstsight.views import IMAGENET_MEAN, IMAGENET_STD, PRESETS, Merge
 from tests.tiny import NETWORK
 
 # name: epochs, images of a batch, peak learning rate and weight decay, as their authors wrote them
@@ -88,6 +88,11 @@ PUBLISHED = {
     "simclr-cifar10-solo": (1000, 256, 0.4, 1e-4),
     "simsiam-cifar10-solo": (1000, 256, 0.5, 1e-5),
     "vicreg-cifar10-solo": (1000, 256, 0.3, 1e-4),
+    "dino-cifar10-lightly": (200, 128, 0.06, 5e-4),
+    "dino-cifar10-solo": (1000, 256, 0.3, 1e-6),
+    "mocov3-cifar10-solo": (1000, 256, 0.3, 1e-6),
+    "swav-cifar10-lightly": (200, 128, 1e-3, 1e-6),
+    "swav-cifar10-solo": (1000, 256, 0.6, 1e-6),
 }
 # whose loss is a multiple of theirs: SGD takes the same steps at rate / n and weight decay * n
 MULTIPLE = {"mocov2-cifar10-lightly": 2, "mocov2-cifar10-solo": 2, "byol-cifar10-lightly": 4}
@@ -155,6 +160,42 @@ def test_swav_trains_as_its_scripts_say():
         assert config.method.queue_start * epochs == pytest.approx(15)
         assert config.method.queue_size == 3840
     assert resolved("swav-400ep-pair").views.scales == ((0.08, 1.0),) * 2
+
+
+# k-NN after 200 epochs in batches of 128 and of 512, and after 800; linear of CIFAR-10, CIFAR-100
+LIGHTLY = {
+    "simclr": (84.7, 84.8, 87.9), "mocov2": (83.8, 84.7, 89.9), "byol": (86.9, 86.8, 91.0),
+    "simsiam": (81.9, 76.4, 90.4), "barlow": (84.2, 81.9, 85.9), "swav": (81.2, 84.2, 88.4),
+    "dino": (84.0, 81.3, 84.8),
+}  # fmt: skip
+SOLO = {
+    "simclr": (90.74, 65.78), "mocov2": (92.94, 69.89), "mocov3": (93.10, 68.83),
+    "byol": (92.58, 70.46), "simsiam": (90.51, 66.04), "swav": (89.17, 64.88),
+    "barlow": (92.10, 70.90), "vicreg": (92.07, 68.54), "dino": (89.52, 66.76),
+}  # fmt: skip
+
+
+def test_cifar10_is_read_as_the_tables_of_lightly_and_solo_learn_say():
+    """Figures, normalisation, views, schedules."""
+    for table, kind, digits in ((LIGHTLY, "lightly", 1), (SOLO, "solo", 2)):
+        names = {name for name in PUBLISHED if name.endswith(f"-cifar10-{kind}")}
+        assert names == {f"{method}-cifar10-{kind}" for method in table}
+        for method, figures in table.items():
+            told = recipes.read(f"{method}-cifar10-{kind}").story["published"]
+            assert [f"{figure:.{digits}f} %" in told for figure in figures] == [True] * len(figures)
+            config = resolved(f"{method}-cifar10-{kind}")
+            assert config.views.sides(config.size) == (32, 32) and config.lr_end == 0
+            assert config.weight_decay_end in (None, config.weight_decay)
+            assert config.views.gray == 0.2 and config.clip_param == 0
+            if kind == "lightly":
+                assert config.views.mean == IMAGENET_MEAN and config.views.std == IMAGENET_STD
+                assert config.views.brightness == 0.4 and not any(config.views.blurs)
+                assert config.warmup_epochs == 0 and config.lr_every == "epoch"
+            else:
+                assert config.views.std == (0.247, 0.243, 0.261) and config.warmup_epochs == 10
+                start = config.lr_start * config.peak_lr * MULTIPLE.get(f"{method}-cifar10-solo", 1)
+                assert start == pytest.approx(3e-5, rel=1e-3)
+                assert config.lars == "solo" or config.optimizer == "sgd"
 
 
 def test_dino_trains_as_its_readme_says():

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from firstsight import backbones, distributed, engine, methods, optim, parallel, run, update
+from firstsight import backbones, distributed, engine, guards, methods, optim, parallel, run, update
 from firstsight.errors import UserError
 from firstsight.log import read_log
 from firstsight.state import State
@@ -164,6 +164,34 @@ def test_float16_counts_the_steps_that_it_skips(tmp_path, monkeypatch):
     assert counts == list(range(1, 13))
     state = torch.load(tmp_path / "checkpoints" / "last")
     assert state["skipped"] == 12 and state["scaler"]["scale"] == 2.0**48
+
+
+def test_the_log_says_how_long_gradients_are_before_they_are_clipped(tmp_path, monkeypatch):
+    real, lengths = update.apply, []
+
+    def measured(method, *arguments):
+        squares = [p.grad.square().sum() for p in method.parameters() if p.grad is not None]
+        lengths.append(sum(squares).sqrt().item())
+        return real(method, *arguments)
+
+    monkeypatch.setattr(update, "apply", measured)
+    settings = config("simclr", tmp_path, epochs=0.5, clip_norm=0.01, log_every=2)
+    engine.pretrain("simclr", settings, Patches(), None, tmp_path)
+    told = [record["gradient_norm"] for record in read_log(tmp_path / "log.jsonl")]
+    assert told == pytest.approx([lengths[1], lengths[2]], rel=1e-5) and min(told) > 0.01
+
+
+def test_gradients_in_the_log_are_not_scaled_and_finite():
+    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    sgd, scaler = torch.optim.SGD([weight]), torch.amp.GradScaler("cpu", 8.0)
+    for value, told in (
+        (1.0, {"gradient_norm": 5.0, "loss_scale": 8.0}),
+        (1e38, {"loss_scale": 8.0}),
+    ):
+        weight.grad = 8 * value * weight.detach()
+        assert guards.steepness(sgd, scaler) == told
+    weight.grad = weight.detach()
+    assert guards.steepness(sgd, torch.amp.GradScaler("cpu", enabled=False)) == {"gradient_norm": 5}
 
 
 def test_views_are_coloured_in_full_precision_and_seen_in_bfloat16(tmp_path, monkeypatch):

@@ -119,3 +119,11 @@ def test_what_one_rank_concluded_the_others_say_too(tmp_path, monkeypatch):
     beats(tmp_path, 3, os.getpid(), doing="has ended: rank 5 of 8 is gone (it trains, then ...)")
     looks, said = looks_until_it_ends(watch, monkeypatch)
     assert looks < 5 and said == "rank 5 of 8 is gone (it trains, then ...)"
+
+
+def test_a_scale_below_one_is_said_once(tmp_path, capsys):
+    watch = Watch(tmp_path, 60)
+    for scale in (65536.0, 1.0, 0.5, 0.25):
+        watch.note({"loss_scale": scale})
+    said = capsys.readouterr().err
+    assert said.count("again and again") == said.count("its scale is 0.5 at step 0") == 1

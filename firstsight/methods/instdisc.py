@@ -55,6 +55,8 @@ class Config:
     """Cross-entropy over the sampled images, or the paper's noise-contrastive estimation."""
     negatives: int = 65_536
     """K, images drawn at each step to stand for all others; the paper has 4096."""
+    draws: Literal["batch", "image"] = "batch"
+    """K for the whole batch; or, as in the published codes, K for each image: B K D numbers."""
     temperature: float = 0.07
     """Divides cosine similarities; smaller is sharper."""
     momentum: float = 0.5
@@ -77,7 +79,7 @@ def instance_softmax(
 ) -> Tensor:
     """Scalar mean cross-entropy of picking each image's row among the negatives; 0 is best.
 
-    embeddings and own (B, D) and negatives (K, D): unit vectors, and rows of the bank.
+    embeddings and own (B, D) and negatives (K, D) or (B, K, D): unit vectors, and rows of the bank.
     """
     logits = scores(embeddings, own, negatives, temperature)  # (B, 1 + K)
     return (logits.logsumexp(dim=1) - logits[:, 0]).mean()
@@ -97,7 +99,7 @@ def instance_nce(
     N images that noise is drawn from (Wu et al. 2018, equation 7, its mean over K times K).
     """
     probabilities = scores(embeddings, own, negatives, temperature).exp() / normaliser  # (B, 1 + K)
-    noise = len(negatives) / images  # K / N
+    noise = negatives.shape[-2] / images  # K / N
     data = probabilities / (probabilities + noise + 1e-7)  # that a row is the image's own
     rest = noise / (probabilities + noise + 1e-7)
     return -(data[:, 0].log() + rest[:, 1:].log().sum(dim=1)).mean()
@@ -108,14 +110,19 @@ def scores(embeddings: Tensor, own: Tensor, negatives: Tensor, temperature: floa
     with uncast(embeddings):
         embeddings = full(embeddings)
         positive = (embeddings * own).sum(dim=1, keepdim=True)  # (B, 1)
-        return torch.cat([positive, embeddings @ negatives.T], dim=1) / temperature
+        if negatives.ndim == 2:
+            others = embeddings @ negatives.T  # (B, K)
+        else:
+            others = (negatives @ embeddings[:, :, None]).squeeze(2)  # (B, K)
+        return torch.cat([positive, others], dim=1) / temperature
 
 
 class InstDisc(Method):
     """Instance discrimination (Wu et al. 2018; Cao et al. 2020).
 
     differs from the paper: no proximal term, which neither published code has. differs from the
-    published codes: one draw of K images serves the whole batch, theirs draw K for each image.
+    published codes: one draw of K images serves the whole batch, theirs draw K for each image
+    (`draws`).
     """
 
     views = "any"
@@ -153,7 +160,11 @@ class InstDisc(Method):
             )
         features = self.backbone(batch.views[0])  # (B, C)
         embeddings = F.normalize(full(self.projector(features)), dim=1)  # (B, D)
-        own, negatives = self.rows[batch.index], self.rows[self.drawn]  # (B, D), (K, D)
+        drawn = self.drawn  # (K,)
+        if self.config.draws == "image":
+            shape = (len(batch), self.config.negatives)
+            drawn = torch.randint(len(self.rows), shape, device=drawn.device)  # (B, K)
+        own, negatives = self.rows[batch.index], self.rows[drawn]  # (B, D), (K, D) or (B, K, D)
         temperature = self.config.temperature
         if self.config.loss == "softmax":
             loss = instance_softmax(embeddings, own, negatives, temperature)

@@ -2,13 +2,11 @@
 
 Cao et al. 2020, https://arxiv.org/abs/2006.14618; the multi-crop form is that of its code.
 
-A classifier with one class per image needs one view of each, no pairs and no second network. A
-class is met once an epoch, too seldom to be learnt: so images come in a window that slides slowly
-over the source (`--order sliding`). Of many classes, those of the images seen last are enough, if
-the others catch up on what momentum and decay did to them since.
+One class per image needs no pairs and no second network, but is met once an epoch, too seldom to
+be learnt: so images come in a window that slides slowly over the source (`--order sliding`). Those
+of the images seen last are enough, if others catch up on what momentum and decay did to them since.
 
-Shapes: B images per rank, V views, R = V B, C backbone features, D embedding, N images of the
-source, K recent ones, S classes that take part.
+Shapes: B images per rank, V views, R = V B, C features, D embedding, N images, K recent, S in use.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from firstsight.methods.base import Method, Output
 from firstsight.nets import full, uncast
 from firstsight.norms import split_batch_norm
 from firstsight.projectors import two_layers
-from firstsight.rows import Recent, merged
+from firstsight.rows import Recent, lengths, merged
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # the authors' code; warm-up from a hundredth, down to a rate of 1e-6
@@ -71,6 +69,8 @@ class Config:
     """Learning rate of the prototypes, in rates of the run; about 30 beside adamw."""
     prototype_decay: float = 1e-4
     """Weight decay of the prototypes."""
+    prototype_clip: float = 0.0
+    """Longest gradient of all prototypes together (of the networks: --clip-norm); 0: any."""
     shortest: float = 0.0
     """Length to which shorter prototypes are stretched: the short ones turn fastest; 0: none."""
     longest: float = 0.0
@@ -83,7 +83,7 @@ class Config:
     def __post_init__(self) -> None:
         require_positive("--method.", self, "dim", "hidden", "temperature", "splits")
         require_share("--method.", self, "rate_tolerance", "prototype_momentum")
-        bounds = ("prototype_rate", "shortest", "longest")
+        bounds = ("prototype_rate", "prototype_clip", "shortest", "longest")
         require_not_negative("--method.", self, "negatives", "prototype_decay", *bounds)
         if 0 < self.longest < self.shortest:
             raise UserError(f"--method.longest must be {self.shortest} or more, not {self.longest}")
@@ -166,19 +166,19 @@ class PIC(Method):
         index = own.repeat(len(batch.views))  # (R,)
         logits = cosines(embeddings, prototypes) / temperature  # (R, S)
         loss = F.cross_entropy(logits, index)
-
+        figures = {
+            "instance_accuracy": 100 * (logits.argmax(dim=1) == index).to(loss.dtype).mean(),
+            **lengths("embedding_norm", embeddings),
+            **self.prototypes.figures(prototypes),
+        }
         if torch.is_grad_enabled():
             large = len(batch) * sum(v.shape == batch.views[0].shape for v in batch.views)
             learnt = (embeddings[:large], prototypes, logits[:large], index[:large])
-            self._parts.append((members, prototype_gradient(*learnt, temperature)))
+            gradient = prototype_gradient(*learnt, temperature)  # (S, D)
+            figures["prototype_gradient_norm"] = gradient.norm() / len(index)
+            self._parts.append((members, gradient))
             self._visited.append(batch.index)
             self._crops += len(index)
-
-        figures = {
-            "instance_accuracy": 100 * (logits.argmax(dim=1) == index).to(loss.dtype).mean(),
-            "embedding_norm": embeddings.detach().norm(dim=1).mean(),
-            **self.prototypes.figures(prototypes),
-        }
         return Output(loss, features[0].detach(), figures)
 
     def classes(self, index: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -193,7 +193,7 @@ class PIC(Method):
         members, total = merged(self._parts)
         total = distributed.summed(total) / (self._crops * distributed.world())
         c, rate = self.config, lr * self.config.prototype_rate
-        self.prototypes.move(members, total, rate, shortest=c.shortest, longest=c.longest)
+        self.prototypes.move(members, total, rate, c.prototype_clip, c.shortest, c.longest)
         if self.sampled:
             self.recent.push(torch.cat([distributed.gather(index) for index in self._visited]))
             self.prototypes.rest(self.recent.index)

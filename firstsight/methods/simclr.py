@@ -12,17 +12,19 @@ Shapes: B images per rank, W ranks, C backbone features, D embedding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firstsight import distributed
-from firstsight.backbones import Backbone
+from firstsight.backbones import Backbone, zero_residuals
 from firstsight.batch import Batch
 from firstsight.errors import require_positive
 from firstsight.methods.base import Method, Output
 from firstsight.nets import full, uncast
+from firstsight.projectors import two_layers
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # Chen et al., section 2.2; their batch is 4096, the rate is per 256 images
@@ -47,10 +49,14 @@ class Config:
     """D, size of the embedding that is compared."""
     hidden: int = 2048
     """Width of the projector's hidden layer."""
+    projector: Literal["normed", "mlp"] = "normed"
+    """Two layers with batch-norm behind each; or, as in PIC's code, with none."""
     temperature: float = 0.1
     """Divides cosine similarities; smaller is sharper."""
     key_gradient: bool = True
     """The gradient also reaches what an embedding is compared with; in PIC's SimCLR it does not."""
+    zero_init: bool = False
+    """Residual blocks begin as the identity (torchvision ResNets; timm's decide themselves)."""
 
     def __post_init__(self) -> None:
         require_positive("--method.", self, "dim", "hidden", "temperature")
@@ -83,16 +89,20 @@ class SimCLR(Method):
     def __init__(self, config: Config, backbone: Backbone, images: int) -> None:
         super().__init__(config, backbone, images)
         self.config = config
-        # as in the authors' code: batch-norm on both layers, which makes biases idle
-        self.projector = nn.Sequential(
-            nn.Linear(backbone.width, config.hidden, bias=False),
-            nn.BatchNorm1d(config.hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(config.hidden, config.dim, bias=False),
-            nn.BatchNorm1d(config.dim),
-        )
-        # the authors' last norm has a scale and no offset
-        self.projector.get_parameter("4.bias").requires_grad_(False)
+        if config.zero_init:
+            zero_residuals(self.backbone)
+        self.projector = two_layers(backbone.width, config.hidden, config.dim)
+        if config.projector == "normed":
+            # as in the authors' code: batch-norm on both layers, which makes biases idle
+            self.projector = nn.Sequential(
+                nn.Linear(backbone.width, config.hidden, bias=False),
+                nn.BatchNorm1d(config.hidden),
+                nn.ReLU(inplace=True),
+                nn.Linear(config.hidden, config.dim, bias=False),
+                nn.BatchNorm1d(config.dim),
+            )
+            # the authors' last norm has a scale and no offset
+            self.projector.get_parameter("4.bias").requires_grad_(False)
 
     def forward(self, batch: Batch) -> Output:
         """The NT-Xent loss of two views, encoded in one pass as one batch of 2B images."""

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from firstsight.geometry import BoxRule, box_rows, matched_boxes, matched_places
+from firstsight.geometry import BoxRule, box_rows, matched, matched_boxes, matched_places
 from firstsight.views import PRESETS
 from firstsight.views.draw import draw
 
 SIZE = 224
 
 
-def views_of(count, width=500, height=375, seed=0):
+def views_of(count, width=500, height=375, seed=0, preset="scrl"):
     """Crops (B, 4) and flips (B,) of two views, as SCRL draws them."""
     sizes = [(width, height)] * count
-    drawn = draw(PRESETS["scrl"], sizes, seed=seed, epoch=0, index=np.arange(count))
+    drawn = draw(PRESETS[preset], sizes, seed=seed, epoch=0, index=np.arange(count))
     crops = [torch.from_numpy(drawn.crops[:, v]).double() for v in (0, 1)]
     flips = [torch.from_numpy(drawn.flips[:, v]) for v in (0, 1)]
     return crops[0], flips[0], crops[1], flips[1]
@@ -171,16 +171,36 @@ def test_both_boxes_show_the_same_place_and_are_large_enough():
     assert unlike / total > 0.998
 
 
-def test_the_statistics_are_those_of_an_independent_simulation():
-    """500 x 375 pixels, crops of .2 to 1: usable 98.6 %, root of the area 58.6, median 52.5."""
-    views = views_of(6000)
+@pytest.mark.parametrize(
+    ("preset", "shares", "tries", "unmet"),
+    [("scrl", (0.986, 0.004, 0.009), 1.19, 0.0006), ("byol", (0.945, None, None), 1.84, 0.009)],
+)
+def test_the_statistics_are_those_of_an_independent_simulation(
+    preset, shares, tries, unmet, monkeypatch
+):
+    """500 x 375 pixels, crops of .2 to 1 and of .08 to 1: shares of images usable, without any
+    overlap and with too small a one; attempts a box, and boxes that never were unlike the others.
+    Of the former: root of the area 58.6, median 52.5."""
+    count = 6000 if preset == "scrl" else 1500
+    views, real, attempts = views_of(count, preset=preset), matched._unlike, []
+    monkeypatch.setattr(matched, "_unlike", lambda *a: attempts.append(real(*a)) or attempts[-1])
     generator = torch.Generator().manual_seed(0)
     parts = [
         matched_places(*(v[i : i + 500] for v in views), SIZE, generator=generator)
-        for i in range(0, 6000, 500)
+        for i in range(0, count, 500)
     ]
     usable = torch.cat([part.usable for part in parts])
-    assert usable.double().mean().item() == pytest.approx(0.986, abs=0.005)
+    one, other = views[0], views[2]
+    apart = (torch.maximum(one, other)[:, :2] >= torch.minimum(one, other)[:, 2:]).any(dim=1)
+    found = [share.double().mean().item() for share in (usable, apart, ~usable & ~apart)]
+    for share, expected in zip(found, shares, strict=True):
+        assert expected is None or share == pytest.approx(expected, abs=30 / count)
+    tried = torch.cat(attempts)[usable]
+    assert (tried + 1).double().mean().item() == pytest.approx(tries, rel=0.05)
+    # the last one is kept whether it fits or not; few images have all that never do
+    assert unmet / 3 < (tried == 49).double().mean().item() < 3 * unmet
+    if preset != "scrl":
+        return
     boxes = torch.cat([part.first for part in parts])[usable]
     root = (boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt()
     assert root.mean().item() == pytest.approx(58.6, abs=0.5)

@@ -40,6 +40,9 @@ def test_loss_of_the_example_by_hand():
     a, b = torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]])
     assert byol_loss(a, b, a, b).item() == pytest.approx(0.16)
     assert byol_loss(a, a, -a, -a).item() == pytest.approx(8)
+    assert byol_loss(a, b, b, a).item() == pytest.approx(0)
+    east, north = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 5.0]])
+    assert byol_loss(east, east, north, north).item() == pytest.approx(4)
 
 
 def test_loss_is_the_squared_distance_of_unit_vectors():

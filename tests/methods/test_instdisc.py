@@ -88,6 +88,30 @@ def test_forward_is_the_equation_on_the_bank_as_it_was(loss):
         assert instdisc.normaliser.item() == pytest.approx(z, rel=1e-9)
 
 
+@pytest.mark.parametrize("loss", ["softmax", "nce"])
+def test_as_published_each_image_has_negatives_of_its_own(loss):
+    instdisc, batch = method(loss=loss, draws="image"), one_view(3)
+    rows, drawn = instdisc.rows, torch.tensor([[0, 5, 5, 9], [1, 2, 3, 4], [29, 28, 27, 1]])
+    with torch.no_grad():
+        v = F.normalize(instdisc.projector(instdisc.backbone(batch.views[0])), dim=1)
+    every = [(v[i : i + 1], rows[i : i + 1], rows[drawn[i]]) for i in range(3)]
+    if loss == "softmax":
+        expected = sum(by_hand(*one, 0.07) for one in every) / 3
+        got = instance_softmax(v, rows[:3], rows[drawn], 0.07)
+    else:
+        expected = sum(nce_by_hand(*one, 0.07, 31.5, 30) for one in every) / 3
+        got = instance_nce(v, rows[:3], rows[drawn], 0.07, torch.tensor(31.5), 30)
+    assert got.item() == pytest.approx(expected, rel=1e-12)
+    torch.manual_seed(3)
+    loss_of_three = instdisc(batch).loss.item()
+    torch.manual_seed(3)
+    drawn = torch.randint(30, (3, 20))
+    assert len(drawn.unique(dim=0)) == 3
+    if loss == "softmax":
+        expected = instance_softmax(v, rows[:3], rows[drawn], 0.07).item()
+        assert loss_of_three == pytest.approx(expected, rel=1e-12)
+
+
 def test_the_bank_keeps_the_stated_share():
     instdisc, batch = method(momentum=0.8), one_view(4)
     before = instdisc.rows[:4].clone()

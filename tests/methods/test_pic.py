@@ -74,8 +74,26 @@ def test_no_loss_is_below_that_of_a_simplex(classes):
     for temperature in (0.07, 0.2):
         floor = math.log1p((classes - 1) * math.exp(-classes / (classes - 1) / temperature))
         assert pic_loss(simplex, simplex, index, temperature).item() == pytest.approx(floor)
-    published = math.log1p(1_281_166 * math.exp(-1_281_167 / 1_281_166 / 0.2))
-    assert published == pytest.approx(9.063, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("classes", "first", "floors"),
+    [(1_281_167, 14.063, (0.588, 4.080, 9.063)), (65_536, 11.090, (0.040, 1.380, 6.093)),
+     (50_000, 10.820, (0.031, 1.185, 5.823)), (1000, 6.908, (0.001, 0.044, 2.041))],
+)  # fmt: skip
+def test_the_published_table_of_first_and_lowest_losses(classes, first, floors):
+    """One image of a simplex has cosine 1 with its own prototype and -1 / (C - 1) with others."""
+    dim, index = 3, torch.zeros(1, dtype=torch.long)
+    z = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
+    across = torch.zeros(classes, dim, dtype=torch.float64)
+    across[:, 1] = 1.0
+    assert pic_loss(z, across, index, 0.2).item() == pytest.approx(first, abs=5e-4)
+    share = -1 / (classes - 1)
+    simplex = torch.tensor([[share, math.sqrt(1 - share**2), 0.0]]).double().repeat(classes, 1)
+    simplex[0] = z[0]
+    for temperature, floor in zip((0.07, 0.1, 0.2), floors, strict=True):
+        lowest = pic_loss(z, simplex, index, temperature).item()
+        assert lowest == pytest.approx(floor, abs=5e-4)
 
 
 def test_the_first_loss_is_the_log_of_the_number_of_images():
@@ -249,7 +267,8 @@ def test_a_sampled_run_in_small_windows_resumes_bit_for_bit(tmp_path, monkeypatc
     broken = ended(tmp_path / "broken")
     assert all(torch.equal(tensor, broken[key]) for key, tensor in whole.items())
     records = read_log(tmp_path / "whole" / "log.jsonl")
-    assert {"embedding_norm", "prototype_norm", "prototype_norm_min"} < set(records[-1])
+    lengths = {f"{of}_norm{kind}" for of in ("embedding", "prototype") for kind in ("", "_median")}
+    assert lengths | {"prototype_gradient_norm", "gradient_norm"} < set(records[-1])
     assert records[-1]["prototype_steps_left_out"] == 0
     assert len(records) == 12 and records[-1]["epoch"] == 2
 
@@ -296,10 +315,25 @@ def test_every_image_is_told_from_all_after_some_steps():
     assert output.scalars["instance_accuracy"] > 90
 
 
-def test_prototypes_of_one_length():
-    pic = method(shortest=0.3, longest=0.3)
-    stepped(pic, batch(4))
-    torch.testing.assert_close(pic.prototypes.weight.norm(dim=1), torch.full((30,), 0.3).double())
+def test_prototypes_have_a_least_and_a_greatest_length_or_one():
+    """Of so short ones as at the start those that are moved fly off; the others are stretched."""
+    for bounds in ((0.3, 5.0), (0.3, 0.3)):
+        pic = method(shortest=bounds[0], longest=bounds[1])
+        stepped(pic, batch(4))
+        norms = pic.prototypes.weight.norm(dim=1)
+        assert (norms.min().item(), norms.max().item()) == pytest.approx(bounds)
+
+
+def test_the_gradient_of_prototypes_is_told_and_cut():
+    moves, told = [], 0.0
+    for share in (0.0, 0.25):
+        pic = method(prototype_decay=0.0, prototype_clip=share * told)
+        before = pic.prototypes.weight.clone()
+        told = pic(batch(5)).scalars["prototype_gradient_norm"].item()
+        pic.after_step(0.0, 0.1)
+        moves.append(pic.prototypes.weight - before)
+    assert moves[0].norm().item() == pytest.approx(0.1 * told, rel=1e-12)
+    torch.testing.assert_close(moves[1], moves[0] / 4, rtol=1e-9, atol=1e-15)
 
 
 def test_the_published_settings():

@@ -118,3 +118,14 @@ def test_values_out_of_range_name_their_flag(wrong):
     (name,) = wrong
     with pytest.raises(UserError, match=f"--method.{name} must be"):
         Config(**wrong)
+
+
+def test_pics_simclr_has_a_plain_projector_and_blocks_that_begin_as_the_identity():
+    backbone = build("resnet18", stem="small", size=32)
+    simclr = SimCLR(Config(projector="mlp", zero_init=True, dim=8), backbone, 9)
+    shapes = [(tuple(layer.weight.shape), layer.bias is None) for layer in simclr.projector[::2]]
+    assert shapes == [((2048, 512), False), ((8, 2048), False)] and len(simclr.projector) == 3
+    last = [p for key, p in simclr.backbone.named_parameters() if key.endswith("bn2.weight")]
+    assert len(last) == 8 and not any(p.any() for p in last)
+    projected = SimCLR(Config(dim=8), build("resnet18", stem="small", size=32), 9).projector
+    assert isinstance(projected[4], torch.nn.BatchNorm1d) and not projected[4].bias.requires_grad
