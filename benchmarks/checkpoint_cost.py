@@ -28,11 +28,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from firstsight import checkpoint, data, distributed, engine, methods, optim, run, state, update
+from firstsight import checkpoint, data, distributed, engine, methods, optim, run
+from firstsight.engine import state, update
+from firstsight.engine.trial import run as trial
 from firstsight.log import read_log
 from firstsight.settings import Pretrain, begun
 from firstsight.sources import open_source, packed
-from firstsight.trial import run as trial
 
 STEPS, ALLOWED, SOON = 100, 0.02, 5.0
 

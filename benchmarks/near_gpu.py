@@ -27,14 +27,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from firstsight import backbones, data, distributed, methods, optim, prefetch, update
+from firstsight import backbones, data, distributed, methods, optim
 from firstsight.batch import Batch
-from firstsight.loader import LAYOUTS, batches, on_device
+from firstsight.engine import update
+from firstsight.loader import LAYOUTS, batches, on_device, prefetch
+from firstsight.loader.resident import maker_of
+from firstsight.loader.windows import order_of
 from firstsight.nets import cast_to
-from firstsight.resident import maker_of
 from firstsight.settings import Pretrain, begun
 from firstsight.sources import Source, open_source
-from firstsight.windows import order_of
 
 ROWS = {
     "packed, colours by workers": {},

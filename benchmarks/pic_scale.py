@@ -28,10 +28,12 @@ from typing import Any
 
 import torch
 
-from firstsight import distributed, fetched, methods, optim, update
+from firstsight import distributed, methods, optim
 from firstsight.batch import Batch
+from firstsight.engine import update
+from firstsight.loader.windows import Windows
+from firstsight.prototypes import fetched
 from firstsight.settings import begun
-from firstsight.windows import Windows
 
 NEGATIVES, BATCH, DIM, FLAT = 4096, 256, 128, 0.2
 STEPS = {"full": 5}

@@ -24,9 +24,9 @@ from PIL import Image
 
 from firstsight import data, open_source
 from firstsight.loader import Steps, on_device
+from firstsight.loader.resident import Resident, ResidentSteps
 from firstsight.order import Epochs
 from firstsight.process import keep_freed_memory
-from firstsight.resident import Resident, ResidentSteps
 from firstsight.views import PRESETS, Views
 
 SWAV = Views(

@@ -15,7 +15,7 @@ from torch import Tensor
 from firstsight import checkpoint, distributed, keyed
 from firstsight.backbones import Backbone
 from firstsight.features import Features, Reader, extract, subset
-from firstsight.merging import merger_of
+from firstsight.loader.merging import merger_of
 from firstsight.metrics import nearest
 from firstsight.probe import KnnProbe
 from firstsight.settings import Pretrain

@@ -19,9 +19,9 @@ from torch import Tensor
 from firstsight import distributed, optim
 from firstsight.backbones import Backbone
 from firstsight.features import Reader, Seen, extract, pooled, subset
-from firstsight.heads import Descent, Heads
 from firstsight.loader import Labelled, labelled
 from firstsight.metrics import knn_accuracy
+from firstsight.nets.heads import Descent, Heads
 from firstsight.order import Epochs
 from firstsight.settings import Pretrain
 from firstsight.sources.base import Source, class_count, common_labels

@@ -9,26 +9,15 @@ from typing import Any, Literal, cast
 
 import torch
 
-from firstsight import (
-    cache,
-    checkpoint,
-    distributed,
-    engine,
-    folders,
-    localize,
-    merging,
-    methods,
-    pictures,
-    precision,
-    resident,
-    state,
-    trial,
-)
+from firstsight import checkpoint, distributed, engine, localize, methods, pictures
+from firstsight.engine import folders, precision, state, trial
+from firstsight.engine.guards import NonFinite
 from firstsight.errors import UserError
 from firstsight.evaluate.linear import cached
 from firstsight.evaluate.protocols import PROTOCOLS, stated
 from firstsight.features import Reader, Seen
-from firstsight.guards import NonFinite
+from firstsight.loader import cache, merging, resident
+from firstsight.loader.windows import order_of
 from firstsight.localize.commands import Masks
 from firstsight.localize.grids import write_masks
 from firstsight.log import clock, read_log, require, say
@@ -42,7 +31,6 @@ from firstsight.settings import (
 )
 from firstsight.sources import fetch, open_source
 from firstsight.sources.base import Source, class_count
-from firstsight.windows import order_of
 
 
 def pretrain(name: str, config: Pretrain) -> Path:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from firstsight import distributed, methods, optim, parallel, precision, trial, update
+from firstsight import distributed, methods, optim, parallel
 from firstsight.batch import Batch
+from firstsight.distributed.traffic import Cluster, Predicted, Step, predicted
+from firstsight.engine import precision, trial, update
 from firstsight.loader import LAYOUTS
 from firstsight.settings import Pretrain
 from firstsight.sources import open_source
-from firstsight.traffic import Cluster, Predicted, Step, predicted
 
 _STEPS = 5
 _LARGE, _SMALL = 2**23, 1

@@ -9,8 +9,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from firstsight.evaluate.linear import cached, prepared, trained
 from firstsight.evaluate.protocols import Protocol
 from firstsight.features import Seen
-from firstsight.heads import Heads
 from firstsight.metrics import knn_accuracy, knn_predict, nearest
+from firstsight.nets.heads import Heads
 
 
 def clouds(images, seed, classes=4, width=6):

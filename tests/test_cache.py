@@ -11,9 +11,10 @@ import types
 import numpy as np
 import pytest
 
-from firstsight import cache, data, distributed, folders, run
+from firstsight import data, distributed, run
+from firstsight.engine import folders
 from firstsight.errors import UserError
-from firstsight.loader import Steps, batches
+from firstsight.loader import Steps, batches, cache
 from firstsight.log import read_log
 from firstsight.order import Epochs
 from firstsight.sources import UnreadableImage, open_source
@@ -95,7 +96,7 @@ def test_sources_without_files_are_left_as_they_are(photos, tmp_path, capsys):
 
 def test_nothing_is_left_after_a_crash(photos):
     script = (
-        "import sys\nfrom firstsight import cache, open_source\n"
+        "import sys\nfrom firstsight import open_source\nfrom firstsight.loader import cache\n"
         f"with cache.held(open_source({str(photos)!r}), 'shared') as held:\n"
         "    print('here', flush=True)\n    sys.stdin.read()\n"
     )

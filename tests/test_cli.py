@@ -12,7 +12,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from firstsight import cli, cli_health, cli_judge, flags, settings, shown
+from firstsight import cli, settings
+from firstsight.cli import flags, health, judge, shown
 from firstsight.errors import UserError
 
 
@@ -175,8 +176,8 @@ def test_help_speaks_of_words_and_takes_them(capsys):
     assert (parsed.lr, parsed.weight_decay_end, parsed.resident) == (None, None, "auto")
     assert parsed.drops == (0.1, 0.2)
     assert flags.flagged(settings.Pretrain, ["--resident"], "", "", start).resident is True
-    asked = cli_judge.Linear(checkpoint="x", train="y", test="z")
-    assert flags.flagged(cli_judge.Linear, ["--nesterov", "no"], "", "", asked).nesterov is False
+    asked = judge.Linear(checkpoint="x", train="y", test="z")
+    assert flags.flagged(judge.Linear, ["--nesterov", "no"], "", "", asked).nesterov is False
 
 
 def test_a_slash_is_a_dot_in_flags():
@@ -200,13 +201,13 @@ def test_a_resolved_config_replays_itself(tmp_path):
 @pytest.mark.parametrize(
     ("options", "function"),
     [
-        (cli_judge.Knn, "evaluate.knn"),
-        (cli_judge.Linear, "evaluate.linear"),
-        (cli_judge.Finetune, "evaluate.finetune"),
-        (cli_judge.Dense, "evaluate.dense"),
-        (cli_judge.Instance, "evaluate.instance"),
-        (cli_health.Diagnose, "diagnose.run"),
-        (cli_health.Embed, "embed.run"),
+        (judge.Knn, "evaluate.knn"),
+        (judge.Linear, "evaluate.linear"),
+        (judge.Finetune, "evaluate.finetune"),
+        (judge.Dense, "evaluate.dense"),
+        (judge.Instance, "evaluate.instance"),
+        (health.Diagnose, "diagnose.run"),
+        (health.Embed, "embed.run"),
     ],
 )
 def test_options_of_a_command_are_the_parameters_of_its_function(options, function):
@@ -287,10 +288,10 @@ def test_protocols_offered_are_those_there_are():
     from firstsight.pairs import MODES
 
     for options, name, there in (
-        (cli_judge.Linear, "protocol", {*PROTOCOLS}),
-        (cli_judge.Finetune, "protocol", {*TUNINGS}),
-        (cli_health.Diagnose, "dataset_mode", {*MODES}),
-        (cli_judge.Instance, "dataset_mode", {*MODES, "all"}),
+        (judge.Linear, "protocol", {*PROTOCOLS}),
+        (judge.Finetune, "protocol", {*TUNINGS}),
+        (health.Diagnose, "dataset_mode", {*MODES}),
+        (judge.Instance, "dataset_mode", {*MODES, "all"}),
     ):
         assert set(get_args(get_type_hints(options)[name])) == there
 

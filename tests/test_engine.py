@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from firstsight import backbones, distributed, engine, folders, guards, loader, run, update
+from firstsight import backbones, distributed, engine, loader, run
+from firstsight.engine import folders, guards, update
 from firstsight.errors import UserError
 from firstsight.features import Reader, extract, subset
 from firstsight.log import read_log
+from firstsight.optim.schedule import due
 from firstsight.order import Epochs
 from firstsight.probe import KnnProbe
-from firstsight.schedule import due
 from tests.tiny import NETWORK, Patches, config
 
 
@@ -339,7 +340,7 @@ def test_without_a_folder_the_same_command_finds_its_own_unfinished_run(tmp_path
     (first / "summary.json").touch()
     assert found() == "simclr-002"  # finished
     (first / "summary.json").unlink()
-    other = "from pathlib import Path; from firstsight import folders; import sys\n"
+    other = "from pathlib import Path; from firstsight.engine import folders; import sys\n"
     other += (
         f"with folders.only_writer(Path({str(first)!r})): print(1, flush=True); sys.stdin.read()"
     )

@@ -14,8 +14,8 @@ from firstsight.evaluate import finetune
 from firstsight.evaluate.finetune import TUNINGS, Part, Tuning, chosen, tuned
 from firstsight.evaluate.protocols import PROTOCOLS
 from firstsight.features import Reader, extract
-from firstsight.heads import Heads, prepared
 from firstsight.loader import normalised
+from firstsight.nets.heads import Heads, prepared
 from firstsight.order import Epochs
 from firstsight.sources import open_source
 from firstsight.views import Views

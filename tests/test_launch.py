@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from benchmarks.rough_weather import TINY
-from firstsight import cli, distributed, folders, slurm
+from firstsight import cli, distributed
+from firstsight.distributed import slurm
+from firstsight.engine import folders
 from firstsight.errors import UserError
 
 STEP = {

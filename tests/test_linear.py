@@ -25,8 +25,8 @@ from firstsight.evaluate.linear import (
 )
 from firstsight.evaluate.protocols import PROTOCOLS, Protocol, overridden
 from firstsight.features import Reader, Seen, extract, pooled
-from firstsight.heads import Heads
 from firstsight.metrics import places
+from firstsight.nets.heads import Heads
 from firstsight.sources.base import class_count
 from firstsight.views.apply import eval_view
 from tests.tiny import NETWORK, Patches

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from firstsight import merging, methods, resident, run, trial
+from firstsight import methods, run
+from firstsight.engine import trial
 from firstsight.errors import UserError
-from firstsight.loader import Steps
+from firstsight.loader import Steps, merging, resident
 from firstsight.localize.commands import Masks
 from firstsight.localize.grids import write_masks
 from firstsight.order import Epochs

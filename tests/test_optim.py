@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from firstsight import lars, methods, optim, update
+from firstsight import methods, optim
+from firstsight.engine import update
 from firstsight.errors import UserError
-from firstsight.schedule import Schedule
+from firstsight.optim import lars
+from firstsight.optim.schedule import Schedule
 from firstsight.settings import Lars as LarsName
 from firstsight.settings import begun
 from tests.tiny import config

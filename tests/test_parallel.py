@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 
-from firstsight import distributed, engine, methods, optim, parallel, update
+from firstsight import distributed, engine, methods, optim, parallel
 from firstsight.batch import Batch
+from firstsight.engine import update
+from firstsight.engine.trial import random_batch
 from firstsight.errors import UserError
 from firstsight.features import Reader, pooled
-from firstsight.trial import random_batch
 from tests.methods.test_all import batch_of
 from tests.tiny import Patches, config
 

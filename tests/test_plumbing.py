@@ -11,10 +11,10 @@ from torch import nn
 from firstsight import keyed, optim
 from firstsight.errors import UserError
 from firstsight.nets import MomentumEncoder, Queue
-from firstsight.norms import SplitBatchNorm, split_batch_norm
+from firstsight.nets.norms import SplitBatchNorm, split_batch_norm
+from firstsight.nets.projectors import mlp
+from firstsight.optim.schedule import Schedule
 from firstsight.order import Epochs
-from firstsight.projectors import mlp
-from firstsight.schedule import Schedule
 
 
 def test_keyed_numbers_are_uniform_and_independent_of_company():

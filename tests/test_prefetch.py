@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from firstsight import watch
 from firstsight.batch import Batch
-from firstsight.prefetch import ahead
+from firstsight.engine import watch
+from firstsight.loader.prefetch import ahead
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 

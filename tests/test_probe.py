@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from firstsight import engine, loader, run, update
+from firstsight import engine, loader, run
 from firstsight.backbones import build
+from firstsight.engine import update
 from firstsight.errors import UserError
 from firstsight.evaluate import linear
 from firstsight.evaluate.linear import Protocol

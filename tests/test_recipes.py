@@ -7,7 +7,7 @@ import torch
 
 from firstsight import cli, methods, recipes, settings
 from firstsight.errors import UserError
-from firstsight.schedule import Schedule
+from firstsight.optim.schedule import Schedule
 from firstsight.views import IMAGENET_MEAN, IMAGENET_STD, PRESETS, Merge
 from tests.tiny import NETWORK
 

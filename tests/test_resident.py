@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from firstsight import engine, flags, folders, resident
+from firstsight import engine
+from firstsight.cli import flags
+from firstsight.engine import folders
 from firstsight.errors import UserError
-from firstsight.loader import Steps, on_device
+from firstsight.loader import Steps, on_device, resident
+from firstsight.loader.resident import Resident, ResidentSteps
 from firstsight.log import read_log
 from firstsight.order import Epochs
-from firstsight.resident import Resident, ResidentSteps
 from firstsight.settings import Pretrain, plain, write_yaml
 from firstsight.sources.base import Source, UnreadableImage
 from firstsight.views import PRESETS

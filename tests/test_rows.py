@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from firstsight import rows
 from firstsight.optim import cosine
-from firstsight.rows import Recent, Rests, Rows, merged, powers
-from firstsight.schedule import Schedule
+from firstsight.optim.schedule import Schedule
+from firstsight.prototypes import rows
+from firstsight.prototypes.rows import Recent, Rests, Rows, merged, powers
 
 
 def loop(w, u, rates, momentum=0.9, decay=0.01):

@@ -7,8 +7,8 @@ import torch
 
 from firstsight import cli, distributed
 from firstsight import scale as scaling
+from firstsight.distributed.traffic import BUCKET, Cluster, Sent, Step, exposed, predicted, waited
 from firstsight.errors import UserError
-from firstsight.traffic import BUCKET, Cluster, Sent, Step, exposed, predicted, waited
 from tests.tiny import config
 
 
@@ -116,6 +116,6 @@ def test_bench_scale_prints_its_assumptions(capsys, tmp_path):
             cli.main(["bench", *wrong])
         assert error.value.code == 2
     with pytest.raises(UserError, match="--machines above 0"):
-        from firstsight.cli_bench import Scale
+        from firstsight.cli.bench import Scale
 
         Scale(machines=(0,))

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from firstsight import cli, diagnose, evaluate, folders, localize
+from firstsight import cli, diagnose, evaluate, localize
+from firstsight.engine import folders
 from firstsight.errors import UserError
 from firstsight.evaluate import kept, knn, over_snapshots
 from firstsight.readings import FIGURES

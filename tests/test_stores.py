@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from firstsight import fetched, stores
 from firstsight.errors import UserError
-from firstsight.rows import Rows
-from firstsight.stores import File, all_initial, initial, record
+from firstsight.prototypes import fetched, stores
+from firstsight.prototypes.rows import Rows
+from firstsight.prototypes.stores import File, all_initial, initial, record
 
 SETTINGS = {"momentum": 0.9, "decay": 1e-2}
 EVERY = np.arange(40)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from firstsight import checkpoint, distributed, engine, fetched, methods, stores
+from firstsight import checkpoint, distributed, engine, methods
 from firstsight.errors import UserError
 from firstsight.log import read_log
-from firstsight.rows import Rows
-from firstsight.stores import File, record
+from firstsight.prototypes import fetched, stores
+from firstsight.prototypes.rows import Rows
+from firstsight.prototypes.stores import File, record
 from tests.methods.test_all import batch_of
 from tests.test_stores import Stopped
 from tests.tiny import Patches, config
@@ -143,7 +144,7 @@ def test_a_checkpoint_kept_for_good_is_not_gone_on_with(tmp_path, capsys):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from firstsight import fetched, stores
+from firstsight.prototypes import fetched, stores
 from tests.test_stores_of_runs import ended
 fetched.IDLE, left, real = 2, iter(range(100)), stores._write
 def killing(file, data):

@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 
-from firstsight import checkpoint, cli, distributed, engine, flags, methods, run, trial
+from firstsight import checkpoint, cli, distributed, engine, methods, run
+from firstsight.cli import flags
+from firstsight.engine import trial
 from firstsight.errors import UserError
 from tests.tiny import NETWORK, Patches, config
 

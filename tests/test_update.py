@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch
 
-from firstsight import backbones, distributed, engine, guards, methods, optim, parallel, run, update
+from firstsight import backbones, distributed, engine, methods, optim, parallel, run
+from firstsight.engine import guards, update
+from firstsight.engine.state import State
 from firstsight.errors import UserError
 from firstsight.log import read_log
-from firstsight.state import State
 from tests.methods.test_all import batch_of, built
 from tests.tiny import Patches, config
 
@@ -271,6 +272,7 @@ def test_a_checkpoint_holds_the_scaler_and_what_was_skipped(tmp_path):
     saved = state_of(2.0**7)
     saved.step, saved.skipped, saved.seconds, saved.bad = 3, 2, 1.5, {"x"}
     saved.save()
+    saved.settle()
     again = state_of(2.0**16)
     again.resume()
     assert again.scaler.state_dict() == saved.scaler.state_dict()

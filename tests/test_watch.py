@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from firstsight import distributed
-from firstsight.watch import Watch
+from firstsight.engine.watch import Watch
 
 TIMEOUT = 60.0  # a look every two seconds
 

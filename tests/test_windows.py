@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from firstsight import engine, run
-from firstsight.cache import Shares
 from firstsight.errors import UserError
 from firstsight.loader import Steps
+from firstsight.loader.cache import Shares
+from firstsight.loader.windows import RandomWindows, Windows, order_of
 from firstsight.log import read_log
 from firstsight.order import Epochs
-from firstsight.windows import RandomWindows, Windows, order_of
 from tests.tiny import Patches, config
 
 SIZES = [(1000, 128, 16), (1000, 96, 32), (37, 10, 3), (64, 64, 8)]  # N, W, S

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from firstsight import distributed, trial
+from firstsight import distributed
 from firstsight.detect.inputs import Asked, ImageSet
 from firstsight.detect.settings import Training
+from firstsight.engine import trial
 from firstsight.loader import each
 from firstsight.log import Meter, say
 from firstsight.nets import cast_to

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from firstsight.backbones import Backbone
 from firstsight.detect.settings import Norm, Training
 from firstsight.errors import UserError
-from firstsight.norms import global_batch_norm, group_norm, split_batch_norm
+from firstsight.nets.norms import global_batch_norm, group_norm, split_batch_norm
 
 if TYPE_CHECKING:
     from typing_extensions import Self

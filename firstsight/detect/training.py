@@ -17,24 +17,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from firstsight import checkpoint, distributed, folders, keyed, optim, parallel, trial
+from firstsight import checkpoint, distributed, keyed, optim, parallel
 from firstsight.detect.inputs import Batch, ImageSet, Steps, order_of, to_device, worth_training
 from firstsight.detect.judging import built, judged, opened, protocol, require_same
 from firstsight.detect.policies import Resting
 from firstsight.detect.segmentation_data import SegmentedImages
 from firstsight.detect.settings import HEADLINES, UNBOUND, Train
-from firstsight.errors import UserError
-from firstsight.guards import (
+from firstsight.engine import folders, trial
+from firstsight.engine.guards import (
     note_bad,
     refuse_nonfinite_loss,
     refuse_nonfinite_networks,
     stop_signal,
 )
+from firstsight.errors import UserError
 from firstsight.loader import each
 from firstsight.log import Log, Meter, read_log, say, told
 from firstsight.nets import cast_to
+from firstsight.optim.schedule import Schedule, due
 from firstsight.order import Epochs
-from firstsight.schedule import Schedule, due
 from firstsight.settings import merged, plain, read_yaml, write_yaml
 
 

@@ -26,11 +26,11 @@ from firstsight.evaluate.linear import crops, refuse_uneven
 from firstsight.evaluate.opened import opened
 from firstsight.evaluate.repeated import repeated_files
 from firstsight.features import Reader, extract, refuse_unusable
-from firstsight.heads import Heads, prepared
 from firstsight.loader import Steps, batches, normalised
 from firstsight.log import Meter, say
 from firstsight.metrics import confused, confusion
 from firstsight.nets import cast_to
+from firstsight.nets.heads import Heads, prepared
 from firstsight.optim import cosine
 from firstsight.order import Epochs
 from firstsight.settings import plain

@@ -30,10 +30,10 @@ from firstsight.evaluate.opened import opened
 from firstsight.evaluate.protocols import Protocol, Representation, overridden, stated
 from firstsight.evaluate.repeated import repeated, repeated_files
 from firstsight.features import Reader, Seen, extract, pooled, refuse_unusable
-from firstsight.heads import Descent, Heads, prepared
 from firstsight.loader import Steps, batches
 from firstsight.log import Meter, say
 from firstsight.metrics import confused, confusion, nearest
+from firstsight.nets.heads import Descent, Heads, prepared
 from firstsight.order import Epochs
 from firstsight.sources.base import Source
 from firstsight.views import Interpolation, Views

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from firstsight.errors import UserError, require_positive, require_share, unknown
-from firstsight.schedule import Schedule
+from firstsight.optim.schedule import Schedule
 from firstsight.settings import plain
 from firstsight.views import Interpolation
 

@@ -48,7 +48,7 @@ def build(name: str, config: Pretrain, images: int) -> Method:
     import torch
 
     from firstsight import backbones, checkpoint
-    from firstsight.norms import global_batch_norm
+    from firstsight.nets.norms import global_batch_norm
 
     method_class, settings_class = load(name)
     sides = config.views.sides(config.size)

@@ -21,7 +21,7 @@ from firstsight.batch import Batch
 from firstsight.errors import require_positive
 from firstsight.methods.base import Method, Output
 from firstsight.nets import full, uncast
-from firstsight.projectors import mlp
+from firstsight.nets.projectors import mlp
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # the authors' code; their batch is 2048, the rate is per 256 images

@@ -23,7 +23,7 @@ from firstsight.batch import Batch
 from firstsight.errors import require_positive, require_share
 from firstsight.methods.base import Method, Output
 from firstsight.nets import MomentumEncoder, full
-from firstsight.projectors import mlp
+from firstsight.nets.projectors import mlp
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # Grill et al., section 3.2; their batch is 4096, the rate is per 256 images

@@ -23,7 +23,7 @@ from firstsight.batch import Batch
 from firstsight.errors import UserError, require_positive, require_share
 from firstsight.methods.base import Method, Output
 from firstsight.nets import MomentumEncoder, Queue, full, uncast
-from firstsight.norms import among_others, split_batch_norm
+from firstsight.nets.norms import among_others, split_batch_norm
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # Wang et al., section 4.1: ImageNet

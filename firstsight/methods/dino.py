@@ -23,8 +23,8 @@ from firstsight.backbones import Backbone, drop_paths
 from firstsight.batch import Batch
 from firstsight.errors import require_positive, require_share
 from firstsight.methods.base import Method, Output
-from firstsight.multicrop import encoded
 from firstsight.nets import MomentumEncoder, full
+from firstsight.nets.multicrop import encoded
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # Caron et al., section 3.2; their batch is 1024, the rate is per 256 images

@@ -25,8 +25,8 @@ from firstsight.batch import Batch
 from firstsight.errors import UserError, require_positive, require_share
 from firstsight.methods.base import Method, Output
 from firstsight.nets import full, uncast
-from firstsight.norms import split_batch_norm
-from firstsight.projectors import two_layers
+from firstsight.nets.norms import split_batch_norm
+from firstsight.nets.projectors import two_layers
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # PIC's code; warm-up from a hundredth, down to a rate of 1e-6

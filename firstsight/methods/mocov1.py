@@ -22,7 +22,7 @@ from firstsight.batch import Batch
 from firstsight.errors import require_positive, require_share
 from firstsight.methods.base import Method, Output
 from firstsight.nets import MomentumEncoder, Queue, full, uncast
-from firstsight.norms import among_others, split_batch_norm
+from firstsight.nets.norms import among_others, split_batch_norm
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # He et al., section 4, and the authors' code: drops at 120 and 160 of 200

@@ -24,8 +24,8 @@ from firstsight.batch import Batch
 from firstsight.errors import require_positive, require_share
 from firstsight.methods.base import Method, Output
 from firstsight.nets import MomentumEncoder, Queue, full, uncast
-from firstsight.norms import among_others, split_batch_norm
-from firstsight.projectors import contrastive
+from firstsight.nets.norms import among_others, split_batch_norm
+from firstsight.nets.projectors import contrastive
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # Chen et al., section 3, and the authors' code

@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from firstsight import distributed, fetched
+from firstsight import distributed
 from firstsight.backbones import Backbone, zero_residuals
 from firstsight.batch import Batch
 from firstsight.errors import UserError, require_not_negative, require_positive, require_share
 from firstsight.methods.base import Method, Output
 from firstsight.nets import full, uncast
-from firstsight.norms import split_batch_norm
-from firstsight.projectors import two_layers
-from firstsight.rows import Recent, lengths, merged
+from firstsight.nets.norms import split_batch_norm
+from firstsight.nets.projectors import two_layers
+from firstsight.prototypes import fetched, rows
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # the authors' code; warm-up from a hundredth, down to a rate of 1e-6
@@ -151,7 +151,7 @@ class PIC(Method):
             tolerance=config.rate_tolerance,
             correction=config.correction,
         )
-        self.recent = Recent(config.negatives if self.sampled else 0, images)
+        self.recent = rows.Recent(config.negatives if self.sampled else 0, images)
         self._parts: list[tuple[Tensor | None, Tensor]] = []  # of the chunks of this step
         self._visited, self._crops = list[Tensor](), 0
 
@@ -168,7 +168,7 @@ class PIC(Method):
         loss = F.cross_entropy(logits, index)
         figures = {
             "instance_accuracy": 100 * (logits.argmax(dim=1) == index).to(loss.dtype).mean(),
-            **lengths("embedding_norm", embeddings),
+            **rows.lengths("embedding_norm", embeddings),
             **self.prototypes.figures(prototypes),
         }
         if torch.is_grad_enabled():
@@ -190,7 +190,7 @@ class PIC(Method):
 
     def after_step(self, progress: float, lr: float) -> None:
         """Move the prototypes by the mean gradient of all ranks, and remember who was seen."""
-        members, total = merged(self._parts)
+        members, total = rows.merged(self._parts)
         total = distributed.summed(total) / (self._crops * distributed.world())
         c, rate = self.config, lr * self.config.prototype_rate
         self.prototypes.move(members, total, rate, c.prototype_clip, c.shortest, c.longest)

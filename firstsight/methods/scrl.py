@@ -27,7 +27,7 @@ from firstsight.errors import UserError, require_not_negative, require_positive,
 from firstsight.geometry import BoxRule, box_rows, matched_places
 from firstsight.methods.base import Method, Output
 from firstsight.nets import MomentumEncoder, full
-from firstsight.projectors import mlp
+from firstsight.nets.projectors import mlp
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # the authors' 200 epochs; their batch is 8192, the rate is per 256 images

@@ -28,8 +28,8 @@ from firstsight.errors import UserError, require_not_negative, require_positive
 from firstsight.methods import network
 from firstsight.methods.base import Method, Output
 from firstsight.nets import Queue, full, uncast
-from firstsight.norms import split_batch_norm
-from firstsight.projectors import two_layers
+from firstsight.nets.norms import split_batch_norm
+from firstsight.nets.projectors import two_layers
 from firstsight.settings import Defaults
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from firstsight.batch import Batch
 from firstsight.errors import require_positive
 from firstsight.methods.base import Method, Output
 from firstsight.nets import full, uncast
-from firstsight.projectors import two_layers
+from firstsight.nets.projectors import two_layers
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # Chen et al., section 2.2; their batch is 4096, the rate is per 256 images
@@ -91,9 +91,9 @@ class SimCLR(Method):
         self.config = config
         if config.zero_init:
             zero_residuals(self.backbone)
-        self.projector = two_layers(backbone.width, config.hidden, config.dim)
-        if config.projector == "normed":
-            # as in the authors' code: batch-norm on both layers, which makes biases idle
+        if config.projector == "mlp":
+            self.projector = two_layers(backbone.width, config.hidden, config.dim)
+        else:  # as in the authors' code: batch-norm on both layers, which makes biases idle
             self.projector = nn.Sequential(
                 nn.Linear(backbone.width, config.hidden, bias=False),
                 nn.BatchNorm1d(config.hidden),

@@ -23,8 +23,8 @@ from firstsight.backbones import Backbone
 from firstsight.batch import Batch
 from firstsight.errors import UserError, require_positive, require_share
 from firstsight.methods.base import Method, Output
-from firstsight.multicrop import encoded
 from firstsight.nets import Queue, full, uncast
+from firstsight.nets.multicrop import encoded
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # Caron et al., appendix A; their batch is 4096, the rate is per 256 images

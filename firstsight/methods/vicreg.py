@@ -22,7 +22,7 @@ from firstsight.batch import Batch
 from firstsight.errors import UserError, require_positive
 from firstsight.methods.base import Method, Output
 from firstsight.nets import full, uncast
-from firstsight.projectors import mlp
+from firstsight.nets.projectors import mlp
 from firstsight.settings import Defaults
 
 DEFAULTS = Defaults(  # Bardes et al., section 4; their batch is 2048, the rate is per 256 images

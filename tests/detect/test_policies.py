@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from firstsight import backbones
 from firstsight.detect import models, policies
 from firstsight.errors import UserError
-from firstsight.norms import SplitBatchNorm
+from firstsight.nets.norms import SplitBatchNorm
 from tests.detect.squares import config
 
 PARTS = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]

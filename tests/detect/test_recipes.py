@@ -2,10 +2,11 @@
 
 import pytest
 
-from firstsight import cli_detect, recipes, settings
+from firstsight import recipes, settings
+from firstsight.cli.detect import _begun
 from firstsight.detect.settings import Train
 from firstsight.errors import UserError
-from firstsight.schedule import Schedule
+from firstsight.optim.schedule import Schedule
 
 COCO = tuple(range(640, 801, 32))
 VOC = tuple(range(480, 801, 32))
@@ -67,7 +68,7 @@ def test_a_recipe_tells_where_it_comes_from(name):
     assert {"paper", "command", "hardware", "published", "reproduced"} <= set(recipe.story)
     words = recipe.story["command"].split()
     assert words[:3] == ["firstsight", "detect", "train"] and f"runs/{name}" in words
-    config = cli_detect._begun(Train, words[3:], "detect train", {"checkpoint": "x"})
+    config = _begun(Train, words[3:], "detect train", {"checkpoint": "x"})
     assert config.recipe == name and config.test_data
 
 

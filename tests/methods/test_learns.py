@@ -13,7 +13,8 @@ import cv2
 import numpy as np
 import pytest
 
-from firstsight import methods, run, update
+from firstsight import methods, run
+from firstsight.engine import update
 from firstsight.settings import begun
 from tests.tiny import NETWORK
 

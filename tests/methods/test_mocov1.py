@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from firstsight import methods
 from firstsight.backbones import build
 from firstsight.methods.mocov1 import Config, MoCoV1, info_nce
-from firstsight.schedule import Schedule
+from firstsight.optim.schedule import Schedule
 from firstsight.settings import begun
 from tests.methods.test_mocov2 import batch_of, by_hand, wave
 from tests.tiny import NETWORK

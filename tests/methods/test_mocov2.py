@@ -9,7 +9,7 @@ from firstsight.backbones import build
 from firstsight.batch import Batch
 from firstsight.errors import UserError
 from firstsight.methods.mocov2 import Config, MoCoV2, info_nce
-from firstsight.projectors import contrastive
+from firstsight.nets.projectors import contrastive
 from tests.tiny import NETWORK, Patches, config
 
 

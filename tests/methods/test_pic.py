@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
-from firstsight import engine, methods, update
+from firstsight import engine, methods
 from firstsight.backbones import build
+from firstsight.engine import update
 from firstsight.errors import UserError
 from firstsight.log import read_log
 from firstsight.methods import pic as module

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from benchmarks.rough_weather import same, weights
-from firstsight import checkpoint, room, state
+from firstsight import checkpoint
+from firstsight.engine import room, state
 from firstsight.errors import UserError
 from firstsight.log import read_log
 from tests.rough_weather.small import newest, train

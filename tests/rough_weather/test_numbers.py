@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from benchmarks.rough_weather import same, weights
-from firstsight import checkpoint, guards, run, state, update
+from firstsight import checkpoint, run
+from firstsight.engine import guards, state, update
 from firstsight.errors import UserError
 from firstsight.log import read_log
-from firstsight.schedule import Schedule
+from firstsight.optim.schedule import Schedule
 from tests.rough_weather.small import newest, train
 from tests.tiny import Patches, config
 

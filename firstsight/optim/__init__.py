@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from firstsight import lars, parallel
+from firstsight import parallel
+from firstsight.optim import lars
 from firstsight.settings import Pretrain
 
 

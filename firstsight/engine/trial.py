@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
-from firstsight import backbones, distributed, methods, optim, update
+from firstsight import backbones, distributed, methods, optim
 from firstsight.batch import Batch
+from firstsight.engine import update
 from firstsight.errors import UserError
 from firstsight.loader import LAYOUTS, Steps
+from firstsight.loader.merging import merger_of
+from firstsight.loader.windows import order_of
 from firstsight.log import clock
-from firstsight.merging import merger_of
 from firstsight.settings import Pretrain
 from firstsight.sources.base import Source
-from firstsight.windows import order_of
 
 _STEPS = 3
 

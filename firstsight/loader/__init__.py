@@ -22,15 +22,15 @@ from torch.utils.data import DataLoader, Dataset
 from firstsight import distributed
 from firstsight.batch import Batch, Colours
 from firstsight.errors import UserError
+from firstsight.loader.merging import Merger
+from firstsight.loader.windows import Order
 from firstsight.log import say
-from firstsight.merging import Merger
 from firstsight.process import end_with_parent, keep_freed_memory
 from firstsight.sources.base import Pixels, Source, UnreadableImage, readable, readable_by
 from firstsight.views import Interpolation, Views, many
 from firstsight.views.apply import Crop, apply, crop_resize, eval_view
 from firstsight.views.batched import coloured
 from firstsight.views.draw import Drawn, draw
-from firstsight.windows import Order
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 """Names of memory orders of image tensors."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from firstsight import settings
-from firstsight.cli_judge import taken_of
+from firstsight.cli.flags import parsed, taken
+from firstsight.cli.judge import taken_of
+from firstsight.cli.shown import protocol, show, table, write_json
 from firstsight.errors import UserError
-from firstsight.flags import parsed, taken
 from firstsight.localize import commands
-from firstsight.shown import protocol, show, table, write_json
 
 
 def localize(args: list[str]) -> None:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from firstsight import slurm
+from firstsight.distributed import slurm
+from firstsight.distributed.traffic import Sent
 from firstsight.errors import UserError
-from firstsight.traffic import Sent
 
 _device = torch.device("cpu")
 

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable
 
 from firstsight import settings
+from firstsight.cli.flags import parsed, pretraining, taken
+from firstsight.cli.shown import protocol, table, write_json
 from firstsight.errors import UserError, require_positive, unknown
-from firstsight.flags import parsed, pretraining, taken
 from firstsight.log import is_first
-from firstsight.shown import protocol, table, write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from firstsight import distributed, keyed
-from firstsight.cache import Shares
 from firstsight.errors import UserError
+from firstsight.loader.cache import Shares
 from firstsight.order import Epochs
 from firstsight.settings import Pretrain
 

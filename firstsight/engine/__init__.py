@@ -10,30 +10,20 @@ from typing import NamedTuple
 
 import torch
 
-from firstsight import (
-    backbones,
-    distributed,
-    guards,
-    keyed,
-    methods,
-    metrics,
-    optim,
-    parallel,
-    prefetch,
-    update,
-)
+from firstsight import backbones, distributed, keyed, methods, metrics, optim, parallel
+from firstsight.engine import guards, update
+from firstsight.engine.state import SNAPSHOTS, State
+from firstsight.engine.watch import Watch
 from firstsight.features import Seen
-from firstsight.loader import LAYOUTS, batches
+from firstsight.loader import LAYOUTS, batches, prefetch
+from firstsight.loader.resident import maker_of
+from firstsight.loader.windows import order_of
 from firstsight.log import Log, Meter, say, told
 from firstsight.methods.base import Method
+from firstsight.optim.schedule import Schedule, due
 from firstsight.probe import KnnProbe, Online
-from firstsight.resident import maker_of
-from firstsight.schedule import Schedule, due
 from firstsight.settings import Pretrain, plain
 from firstsight.sources.base import Source
-from firstsight.state import SNAPSHOTS, State
-from firstsight.watch import Watch
-from firstsight.windows import order_of
 
 
 class Trained(NamedTuple):

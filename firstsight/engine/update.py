@@ -7,7 +7,7 @@ from torch import nn
 
 from firstsight import distributed, optim, parallel
 from firstsight.batch import Batch
-from firstsight.guards import scaler as scaler
+from firstsight.engine.guards import scaler as scaler
 from firstsight.loader import LAYOUTS, on_device
 from firstsight.methods.base import Method, Output
 from firstsight.nets import Queue, cast_to

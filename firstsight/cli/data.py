@@ -9,10 +9,10 @@ from typing import Any, Literal
 import tyro
 
 from firstsight import settings
+from firstsight.cli.flags import parsed, taken
+from firstsight.cli.shown import table, write_json
 from firstsight.errors import UserError, unknown
-from firstsight.flags import parsed, taken
 from firstsight.log import printable
-from firstsight.shown import table, write_json
 
 
 def data(args: list[str]) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from firstsight import distributed
 from firstsight.errors import UserError
-from firstsight.rows import Rows
-from firstsight.stores import File, Host, Index, Records, all_initial
+from firstsight.prototypes.rows import Rows
+from firstsight.prototypes.stores import File, Host, Index, Records, all_initial
 
 IDLE = 4096
 """Rows that stay in memory after their last use, so that many at once go to their store."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from firstsight import settings
-from firstsight.cli_judge import Judging, Unlabelled, taken_of
+from firstsight.cli.flags import parsed, taken
+from firstsight.cli.judge import Judging, Unlabelled, taken_of
+from firstsight.cli.shown import show
 from firstsight.errors import UserError, require_not_negative, require_positive
-from firstsight.flags import parsed, taken
-from firstsight.shown import show
 
 
 @dataclass(frozen=True, kw_only=True)

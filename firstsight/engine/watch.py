@@ -23,8 +23,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from firstsight import distributed, room
+from firstsight import distributed
 from firstsight.batch import Batch
+from firstsight.engine import room
 from firstsight.errors import UserError
 from firstsight.log import say
 

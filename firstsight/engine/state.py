@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firstsight import checkpoint, distributed, fetched, guards, keyed, parallel, room
+from firstsight import checkpoint, distributed, keyed, parallel
 from firstsight.backbones import Backbone
+from firstsight.engine import guards, room
 from firstsight.errors import UserError
 from firstsight.log import say
 from firstsight.methods.base import Method
 from firstsight.probe import Online
+from firstsight.prototypes import fetched
 from firstsight.settings import UNBOUND, Pretrain, flag, plain
 from firstsight.sources.base import Source
 

@@ -13,19 +13,19 @@ from typing import Any
 import tyro
 
 from firstsight import methods, recipes, settings
-from firstsight.cli_bench import bench
-from firstsight.cli_convert import convert
-from firstsight.cli_data import data
-from firstsight.cli_detect import detect
-from firstsight.cli_health import diagnose, embed
-from firstsight.cli_judge import evaluate
-from firstsight.cli_launch import launch
-from firstsight.cli_localize import localize, masks
+from firstsight.cli.bench import bench
+from firstsight.cli.convert import convert
+from firstsight.cli.data import data
+from firstsight.cli.detect import detect
+from firstsight.cli.flags import parsed, pretraining, taken
+from firstsight.cli.health import diagnose, embed
+from firstsight.cli.judge import evaluate
+from firstsight.cli.launch import launch
+from firstsight.cli.localize import localize, masks
+from firstsight.cli.shown import table, write_json
 from firstsight.errors import UserError, unknown
-from firstsight.flags import parsed, pretraining, taken
 from firstsight.log import is_first
 from firstsight.settings import Common
-from firstsight.shown import table, write_json
 
 
 def pretrain(args: list[str]) -> None:

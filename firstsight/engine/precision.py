@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from firstsight import distributed, trial
+from firstsight import distributed
+from firstsight.engine import trial
 from firstsight.loader import LAYOUTS
 from firstsight.log import say
 from firstsight.settings import Pretrain

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from firstsight.cli.flags import parsed, taken
+from firstsight.cli.shown import table, write_json
 from firstsight.errors import UserError
-from firstsight.flags import parsed, taken
-from firstsight.shown import table, write_json
 
 
 @dataclass(frozen=True, kw_only=True)

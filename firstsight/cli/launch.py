@@ -8,8 +8,8 @@ import shlex
 import socket
 import sys
 
+from firstsight.cli.flags import parsed
 from firstsight.errors import UserError, require_positive
-from firstsight.flags import parsed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import tyro
 
 from firstsight import settings
+from firstsight.cli.flags import parsed, taken
+from firstsight.cli.shown import show, table, write_json
 from firstsight.errors import UserError, require_not_negative, require_positive, unknown
-from firstsight.flags import parsed, taken
 from firstsight.readings import figures
 from firstsight.settings import Common
-from firstsight.shown import show, table, write_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,13 +22,13 @@ from firstsight import distributed
 from firstsight.batch import Batch
 from firstsight.errors import UserError
 from firstsight.loader import Steps, colours_of, rescaled
+from firstsight.loader.merging import merger_of
+from firstsight.loader.windows import Order
 from firstsight.log import Meter, say
-from firstsight.merging import merger_of
 from firstsight.settings import Pretrain
 from firstsight.sources.base import Pixels, Source, UnreadableImage, readable
 from firstsight.views.batched import crop_resize
 from firstsight.views.draw import draw
-from firstsight.windows import Order
 
 _SHARE = 3
 """`--resident auto` takes at most one part in so many of the free memory."""

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import tyro
 
 from firstsight import recipes, settings
+from firstsight.cli.flags import config_file, flagged, parsed, peeked, taken
+from firstsight.cli.shown import protocol, table, write_json
 from firstsight.detect.settings import HEADLINES, Compare, Eval, Train, Training
 from firstsight.errors import UserError, unknown
-from firstsight.flags import config_file, flagged, parsed, peeked, taken
 from firstsight.log import is_first
-from firstsight.shown import protocol, table, write_json
 
 T = TypeVar("T", Train, Compare)
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firstsight.errors import UserError
-from firstsight.lars import VARIANTS, Lars
 from firstsight.metrics import places
+from firstsight.optim.lars import VARIANTS, Lars
 
 _LOGITS = 2**25
 """Bound on the logits held at a time while accuracy is counted: 128 MB."""
