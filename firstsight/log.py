@@ -6,6 +6,7 @@ import contextlib
 import csv
 import importlib.util
 import json
+import math
 import os
 import sys
 import time
@@ -79,7 +80,7 @@ class Writer(ABC):
 
 
 class _Lines(Writer):
-    """log.jsonl: an object a line."""
+    """log.jsonl: an object a line; what is no number is null, since JSON knows no other word."""
 
     def __init__(
         self, folder: Path, step: int, kept: list[dict[str, Any]], settings: dict[str, Any]
@@ -92,7 +93,8 @@ class _Lines(Writer):
         self._file = open(path, "a", buffering=1)  # noqa: SIM115  closed in close()
 
     def write(self, step: int, figures: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        told = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        self._file.write(json.dumps({"step": step, **told}, allow_nan=False) + "\n")
 
     def close(self) -> None:
         self._file.close()

@@ -1,7 +1,9 @@
 """Loggers: the same figures in every place, a step once, whatever came before."""
 
+import contextlib
 import csv
 import json
+import math
 import sys
 
 import pytest
@@ -44,6 +46,20 @@ def test_a_table_asked_for_later_holds_the_whole_run(tmp_path):
     assert not (tmp_path / "log.csv").exists() and not (tmp_path / "events").exists()
     log.Log(tmp_path, 10, ["csv", "jsonl"]).close()
     assert rows(tmp_path) == [{"step": "10", "loss": "3.0"}]
+
+
+def test_what_is_no_number_is_null_as_other_readers_of_json_want_it(tmp_path):
+    with contextlib.closing(log.Log(tmp_path, 0, ["jsonl", "csv"])) as written:
+        written.write(1, {"loss": math.nan, "lr": math.inf, "data_wait": 0.5})
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    expected = {"step": 1, "loss": None, "lr": None, "data_wait": 0.5}
+    assert json.loads(line, parse_constant=refuse) == expected
+    log.Log(tmp_path, 1, ["jsonl", "csv"]).close()  # both are read again
+    assert log.read_log(tmp_path / "log.jsonl")[0]["loss"] is None
 
 
 def test_a_damaged_line_of_the_log_costs_no_other(tmp_path):
