@@ -13,7 +13,8 @@ import time
 import torch
 
 from firstsight import distributed
-from firstsight.evaluate.linear import HELD_OUT, PROTOCOLS, cached
+from firstsight.evaluate.linear import HELD_OUT, cached
+from firstsight.evaluate.protocols import PROTOCOLS
 from firstsight.features import Seen
 
 

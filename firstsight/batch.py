@@ -70,7 +70,8 @@ class Batch:
     @property
     def crops_in_shares(self) -> tuple[Tensor, ...]:
         """`crops` in shares of the width and the height of the image, 0 to 1."""
-        assert self.sizes is not None
+        if self.sizes is None:
+            raise ValueError("crops in shares of the image need `sizes` of the originals")
         return tuple(crop / self.sizes.repeat(1, 2) for crop in self.crops)
 
     def to(self, device: torch.device) -> Batch:

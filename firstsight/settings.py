@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal
 
 from firstsight.errors import UserError, require_positive, require_share, unknown
+from firstsight.plain_yaml import merged as merged
 from firstsight.plain_yaml import read_yaml as read_yaml
+from firstsight.plain_yaml import truth as truth
 from firstsight.plain_yaml import write_yaml as write_yaml
 from firstsight.views import PRESETS, Views
 
@@ -332,68 +333,3 @@ def begun(defaults: Defaults, method_settings: Any, values: dict[str, Any], wher
 def shallow(options: Any) -> dict[str, Any]:
     """The fields of a dataclass by name, values untouched."""
     return {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-
-
-T = TypeVar("T")
-
-
-def merged(settings: T, values: dict[str, Any], where: str) -> T:
-    """`settings` with `values` (as read from YAML, keys with - or _) put over it.
-
-    Unknown keys and values of the wrong type are refused; `where` names their file.
-    """
-    hints = typing.get_type_hints(type(settings))
-    names = {f.name for f in dataclasses.fields(settings)}  # type: ignore[arg-type]
-    changes: dict[str, Any] = {}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in names:
-            raise UserError(f"{where}: {unknown('setting', str(key), sorted(names))}")
-        old = getattr(settings, name)
-        if dataclasses.is_dataclass(old):
-            if not isinstance(value, dict):
-                raise UserError(f"{where}: {key} holds settings of its own, not {value!r}")
-            changes[name] = merged(old, value, f"{where}: {key}")
-        else:
-            changes[name] = _read(value, hints[name], f"{where}: {key}")
-    return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
-
-
-def _read(value: Any, kind: Any, where: str) -> Any:
-    """`value` as the type `kind`: YAML 1.1 reads 1e-6 as a string, and lists for tuples."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in inner:
-            return None
-        return _read(value, next(k for k in inner if k is not type(None)), where)
-    if origin is Literal:
-        if value in inner:
-            return value
-        raise UserError(f"{where}: {value!r} is none of {', '.join(map(str, inner))}")
-    if origin is tuple and isinstance(value, list | tuple):
-        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
-        if len(kinds) == len(value):
-            return tuple(_read(v, k, where) for v, k in zip(value, kinds, strict=True))
-    elif kind is bool and (told := truth(value)) is not None:
-        return told
-    elif kind is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif kind is int and isinstance(value, str | int) and not isinstance(value, bool):
-        try:
-            return int(value)
-        except ValueError:
-            pass
-    elif isinstance(value, kind) and (kind is not int or not isinstance(value, bool)):
-        return value
-    raise UserError(f"{where}: {value!r} is not {getattr(kind, '__name__', kind)}")
-
-
-def truth(value: Any) -> bool | None:
-    """What a switch is told: yes, true, t, y, 1 or their opposites in any case; None: neither."""
-    word = str(value).lower()
-    if word in ("yes", "true", "t", "y", "1"):
-        return True
-    return False if word in ("no", "false", "f", "n", "0") else None

@@ -8,10 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from firstsight.settings import truth
-
-UNSET = ("unset", "none", "None")
-"""What can be typed for a setting that is not given; shown as the first."""
+from firstsight.plain_yaml import UNSET, truth
 
 Spec = PrimitiveConstructorSpec[Any]
 words = ConstructorRegistry()

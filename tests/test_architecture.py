@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib.util
 import re
 from pathlib import Path
 
@@ -27,6 +28,17 @@ def test_distributed_calls_live_in_two_files():
         if path.relative_to(PACKAGE).parts[0] not in ("distributed", "parallel.py"):
             assert "torch.distributed" not in text and not re.search(r"\bdist\.", text), path
         assert ".cuda(" not in text, path
+
+
+def test_benchmarks_import_what_there_is():
+    """They are run by hand, and seldom: a move of modules would leave them behind."""
+    for path in sorted((PACKAGE.parent / "benchmarks").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("firstsight"):
+                module = importlib.import_module(node.module)
+                for name in node.names:
+                    inner = f"{node.module}.{name.name}"
+                    assert hasattr(module, name.name) or importlib.util.find_spec(inner), path
 
 
 def test_from_the_command_to_the_loss_of_moco_v2_is_a_short_read():

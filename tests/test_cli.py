@@ -150,6 +150,17 @@ def test_a_switch_alone_is_on_and_eats_nothing():
         settings.merged(start, {"compile": "maybe"}, "c.yaml")
 
 
+def test_files_take_the_words_that_flags_take():
+    start = settings.Pretrain(data="x", lr=0.5)
+    told = {"lr": "unset", "weight_decay_end": "none", "resident": "yes"}
+    read = settings.merged(start, told, "c.yaml")
+    assert (read.lr, read.weight_decay_end, read.resident) == (None, None, True)
+    assert settings.merged(start, {"resident": 1}, "c.yaml").resident is True
+    assert settings.merged(start, {"resident": "auto"}, "c.yaml").resident == "auto"
+    with pytest.raises(UserError, match=r"c.yaml: undecayed: 'norm' is not tuple"):
+        settings.merged(start, {"undecayed": "norm"}, "c.yaml")
+
+
 def test_help_speaks_of_words_and_takes_them(capsys):
     with pytest.raises(SystemExit):
         cli.main(["pretrain", "dino", "--help"])

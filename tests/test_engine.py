@@ -279,6 +279,19 @@ def test_ranks_with_other_batch_norm_statistics_judge_one_network(tmp_path, on_r
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), alone, atol=1e-5, rtol=1e-5)
 
 
+def test_a_run_of_before_a_setting_existed_had_its_class_default(tmp_path):
+    """Not what is asked for now, nor what the method has come to prefer."""
+    earlier = tmp_path / "config.yaml"
+    settings = config("barlow", tmp_path)
+    values = run.plain(settings)
+    assert values.pop("excluded_lr") == 0.024 and values["views"].pop("strength") == 1
+    run.write_yaml(earlier, {"name": "barlow", **values})
+    with pytest.raises(UserError, match=r"--excluded-lr 0.024 \(was 1.0\); use --excluded-lr 1.0"):
+        folders.continued("barlow", settings, earlier)
+    before = dataclasses.replace(settings, excluded_lr=1.0)
+    assert folders.continued("barlow", before, earlier) == before
+
+
 def test_a_run_that_goes_on_must_be_the_same_run(tmp_path):
     earlier = tmp_path / "config.yaml"
     settings = config("simclr", tmp_path)
@@ -287,6 +300,8 @@ def test_a_run_that_goes_on_must_be_the_same_run(tmp_path):
     assert folders.continued("simclr", auto, earlier).precision == "fp32"
     with pytest.raises(UserError, match=r"started otherwise: --size 48 \(was 32\)"):
         folders.continued("simclr", dataclasses.replace(settings, size=48), earlier)
+    with pytest.raises(UserError, match=r"--device 'my gpu' \(was cpu\)"):
+        raise folders.started_otherwise(tmp_path, {"device": ("cpu", "my gpu")})
     with pytest.raises(UserError, match="is a run of simclr"):
         folders.continued("mocov2", settings, earlier)
     longer = dataclasses.replace(settings, epochs=5.0)

@@ -196,6 +196,7 @@ def test_cifar10_is_read_as_the_tables_of_lightly_and_solo_learn_say():
                 start = config.lr_start * config.peak_lr * MULTIPLE.get(f"{method}-cifar10-solo", 1)
                 assert start == pytest.approx(3e-5, rel=1e-3)
                 assert config.lars == "solo" or config.optimizer == "sgd"
+                assert config.excluded_lr == 1 and not getattr(config.method, "zero_init", False)
 
 
 def test_dino_trains_as_its_readme_says():

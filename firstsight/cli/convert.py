@@ -52,16 +52,16 @@ def convert(args: list[str]) -> None:
     asked = parsed(Convert, args, "convert")
     if (asked.to is None) == (asked.selfsup is None):
         raise UserError("to which library? use --to, for instance --to torchvision, or --selfsup")
-    if target and Path(target) == Path(asked.dst).with_suffix(".json"):
-        raise UserError(f"{target} will say what {asked.dst} is; use another --json")
 
     from firstsight import convert
 
+    to = asked.to or "selfsup2mmdet"
+    if target and Path(target) == convert.sidecar(asked.dst, to):
+        raise UserError(f"{target} will say what {asked.dst} is; use another --json")
     fit = convert.read(asked.src, from_=asked.from_ or asked.selfsup, half=asked.half)
     result = convert.report(fit)
     write_json(target, result)  # said also where it is then refused
     _show_coverage(asked.src, result)
-    to = asked.to or "selfsup2mmdet"
     result = convert.write(fit, asked.src, asked.dst, to=to, allow_partial=asked.allow_partial)
     write_json(target, result)
     for file in result["files"]:

@@ -15,7 +15,8 @@ import tyro
 
 from firstsight import methods, recipes, settings
 from firstsight.errors import UserError
-from firstsight.spelling import UNSET, words
+from firstsight.plain_yaml import UNSET
+from firstsight.spelling import words
 
 T = TypeVar("T")
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from firstsight.convert.hand_over import read, report, run, write
+from firstsight.convert.hand_over import read, report, run, sidecar, write
 
-__all__ = ["read", "report", "run", "write"]
+__all__ = ["read", "report", "run", "sidecar", "write"]

@@ -57,8 +57,7 @@ def write(fit: Fit, src: str, dst: str, *, to: str, allow_partial: bool = False)
     Raises UserError where tensors are missing (unless `allow_partial`) and where the library has no
     network that would give the same features.
     """
-    if to not in TARGETS:
-        raise unknown("target", to, TARGETS)
+    beside = sidecar(dst, to)
     if fit.gap and not allow_partial:
         raise UserError(
             f"{src} ({fit.format}) does not fill {fit.backbone.name}: {fit.gap}; --allow-partial"
@@ -70,13 +69,20 @@ def write(fit: Fit, src: str, dst: str, *, to: str, allow_partial: bool = False)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = _about(fit, to)
     done = TARGETS[to].write(path, fit, about)
-    files = [*done.files, _beside(path, TARGETS[to].suffix)]
+    files = [*done.files, beside]
     about |= {"file": path.name, "load": list(done.lines), "notes": [*fit.notes, *done.notes]}
     checkpoint.write_json(files[-1], about)
     coverage = report(fit)
     dropped = [key for key in coverage["dropped"] if key not in fit.head or not done.with_head]
     more = {"to": to, "files": [str(file) for file in files]}
     return {**coverage, "dropped": dropped, "notes": about["notes"], **more}
+
+
+def sidecar(dst: str, to: str) -> Path:
+    """The JSON that `write` puts beside what it writes."""
+    if to not in TARGETS:
+        raise unknown("target", to, TARGETS)
+    return _beside(_file(Path(dst), TARGETS[to].suffix), TARGETS[to].suffix)
 
 
 def _file(dst: Path, suffix: str) -> Path:

@@ -178,7 +178,7 @@ def _begin_or_continue(config: Train, out: Path) -> None:
         old = plain(merged(config, values, str(earlier)))
         differing = folders.differences(old, plain(config), UNBOUND)
         if differing:
-            raise folders.started_otherwise(out, differing)
+            raise folders.started_otherwise(out, differing, first="checkpoint")
     elif distributed.rank() == 0:
         (out / "log.jsonl").unlink(missing_ok=True)  # of a run that saved nothing
         write_yaml(earlier, {"name": "detect", **plain(config)})

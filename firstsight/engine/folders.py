@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from firstsight import distributed
 from firstsight.errors import UserError
@@ -16,6 +17,7 @@ from firstsight.log import say
 from firstsight.settings import UNBOUND, Pretrain, flag, merged, plain, read_yaml, write_yaml
 from firstsight.spelling import spelt
 
+T = TypeVar("T")
 Differing = dict[str, tuple[Any, Any]]
 """Flag -> (what it was, what it is)."""
 
@@ -99,9 +101,19 @@ def continued(name: str, config: Pretrain, earlier: Path) -> Pretrain:
     return config
 
 
-def started_otherwise(out: Path, differing: Differing) -> UserError:
-    """What differs from the run in `out`, given or not, and what to type to go on with it."""
-    values = [(flag(key), spelt(was), spelt(new)) for key, (was, new) in differing.items()]
+def started_otherwise(out: Path, differing: Differing, first: str = "") -> UserError:
+    """What differs from the run in `out`, given or not, and what to type to go on with it.
+
+    `first` is the setting that is typed without a flag.
+    """
+
+    def typed(value: Any) -> str:
+        return shlex.quote(value) if isinstance(value, str) else spelt(value)
+
+    values = [
+        (key.upper() if key == first else flag(key), typed(was), typed(new))
+        for key, (was, new) in differing.items()
+    ]
     told = ", ".join(f"{name} {new} (was {was})" for name, was, new in values)
     again = " ".join(f"{name} {was}" for name, was, _ in values)
     return UserError(f"{out} was started otherwise: {told}; use {again} to go on, or another --out")
@@ -124,7 +136,7 @@ def _compared(config: Pretrain, earlier: Path) -> tuple[Pretrain, Differing]:
     """
     values = read_yaml(earlier)
     values.pop("name", None)
-    old = merged(config, values, str(earlier))
+    old = merged(_as_before(config, values), values, str(earlier))
     config = dataclasses.replace(
         config,
         precision=old.precision if config.precision == "auto" else config.precision,
@@ -140,6 +152,18 @@ def _compared(config: Pretrain, earlier: Path) -> tuple[Pretrain, Differing]:
     if "part" not in (old.cache, config.cache):  # the other two differ in speed alone
         differing.pop("cache", None)
     return config, differing
+
+
+def _as_before(settings: T, values: dict[str, Any]) -> T:
+    """`settings` with class defaults where `values` are silent: there was no such setting then."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        inner = getattr(settings, field.name)
+        if dataclasses.is_dataclass(inner):
+            changes[field.name] = _as_before(inner, values.get(field.name, {}))
+        elif field.name not in values and field.default is not dataclasses.MISSING:
+            changes[field.name] = field.default
+    return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
 
 
 def differences(

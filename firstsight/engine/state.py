@@ -82,7 +82,13 @@ class State:
         self._compare_sources(saved)
         checkpoint.load_state(self.method, saved["method"], self._folder / "last")
         self._open_stores(int(saved["step"]))
-        self.optimizer.load_state_dict(saved["optimizer"])
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except ValueError as error:  # other parameters belong together now
+            raise UserError(
+                f"{self._folder / 'last'} is of a version that moved parameters in other groups "
+                f"({error}); use another --out, and --init {self.out} to begin from its weights"
+            ) from None
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         if self.online:

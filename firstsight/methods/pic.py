@@ -174,9 +174,7 @@ class PIC(Method):
         if torch.is_grad_enabled():
             large = len(batch) * sum(v.shape == batch.views[0].shape for v in batch.views)
             learnt = (embeddings[:large], prototypes, logits[:large], index[:large])
-            gradient = prototype_gradient(*learnt, temperature)  # (S, D)
-            figures["prototype_gradient_norm"] = gradient.norm() / len(index)
-            self._parts.append((members, gradient))
+            self._parts.append((members, prototype_gradient(*learnt, temperature)))
             self._visited.append(batch.index)
             self._crops += len(index)
         return Output(loss, features[0].detach(), figures)

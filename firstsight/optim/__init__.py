@@ -91,7 +91,7 @@ def cosine(progress: float, start: float, end: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def set_rate(optimizer: torch.optim.Optimizer, lr: float, peak: float = 0.0) -> None:
-    """Give all groups the learning rate `lr`, the steady ones `peak`."""
+def set_rate(optimizer: torch.optim.Optimizer, lr: float, peak: float | None = None) -> None:
+    """Give all groups the learning rate `lr`, the steady ones `peak` where there is one."""
     for group in optimizer.param_groups:
-        group["lr"] = peak if group.get("steady") else lr
+        group["lr"] = peak if group.get("steady") and peak is not None else lr

@@ -119,6 +119,7 @@ class Rows(nn.Module):
     velocity: Tensor
     current: Tensor
     broken: Tensor
+    steepness: Tensor
     """Gradients so far that were not finite."""
 
     def __init__(
@@ -142,6 +143,7 @@ class Rows(nn.Module):
         self.register_buffer("velocity", torch.zeros_like(weight), saved)
         self.register_buffer("current", torch.zeros(len(weight), dtype=torch.long), saved)
         self.register_buffer("broken", torch.zeros((), dtype=torch.long))
+        self.register_buffer("steepness", torch.tensor(torch.nan), persistent=False)
 
     def places(self, index: Tensor) -> Tensor:
         """(S,) where in `weight` and the others rows `index` (S,) are."""
@@ -196,8 +198,9 @@ class Rows(nn.Module):
         broken = ~gradient.isfinite().all()  # not looked at: that would wait for the device
         gradient.masked_fill_(broken, 0.0)
         self.broken.add_(broken)
+        self.steepness.copy_(gradient.norm())
         if steepest > 0:
-            gradient.mul_((steepest / gradient.norm().clamp_min(1e-12)).clamp(max=1))
+            gradient.mul_((steepest / self.steepness.clamp_min(1e-12)).clamp(max=1))
         u.mul_(self.momentum).add_(gradient).add_(w, alpha=self.decay)
         w.sub_(u, alpha=self.rests.rate(lr) if index is not None else lr)
         if shortest > 0 or longest > 0:
@@ -212,9 +215,13 @@ class Rows(nn.Module):
             self.current[index] = self.rests.step
 
     def figures(self, rows: Tensor) -> dict[str, Tensor]:
-        """Lengths of rows (S, D) and steps that were left out, for the log."""
-        left_out = self.broken.to(rows.dtype)
-        return {**lengths("prototype_norm", rows), "prototype_steps_left_out": left_out}
+        """For the log: lengths of rows (S, D), steps that were left out, and how long the gradient
+        of the step before was, all of it together (NaN before any)."""
+        return {
+            **lengths("prototype_norm", rows),
+            "prototype_steps_left_out": self.broken.to(rows.dtype),
+            "prototype_gradient_norm": self.steepness.to(rows.dtype),
+        }
 
     def get_extra_state(self) -> Tensor:
         """The past of the rates, for the checkpoint."""

@@ -333,6 +333,11 @@ def test_coverage_is_printed_and_a_gap_ends_with_2(tmp_path, capsys, monkeypatch
     assert "written: " in capsys.readouterr().out and (tmp_path / "y.pth").exists()
     assert json.loads((tmp_path / "z.json").read_text())["files"][0] == dst
 
+    (tmp_path / "folder").mkdir()  # what a file in it is, is said in it
+    own = str(tmp_path / "folder/backbone.json")
+    _, err = failing(capsys, src, str(tmp_path / "folder"), "--to", "torchvision", "--json", own)
+    assert f"{own} will say what" in err and not list((tmp_path / "folder").iterdir())
+
 
 @pytest.mark.parametrize(
     ("args", "said"),

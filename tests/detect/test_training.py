@@ -65,6 +65,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(more, sets, tmp_path, monkeypatc
     assert read_log(tmp_path / "parts/log.jsonl")[-1]["step"] == 2
     with pytest.raises(UserError, match=r"started otherwise: --base-lr 0.5 \(was 0.0"):
         training.train(dataclasses.replace(parts, base_lr=0.5))
+    with pytest.raises(UserError, match=r"otherwise: CHECKPOINT .*; use CHECKPOINT .* to go on"):
+        training.train(dataclasses.replace(parts, checkpoint="elsewhere"))
     again = training.train(dataclasses.replace(parts, log_every=2))
     states = [checkpoint.read(tmp_path / run / "checkpoints/last") for run in ("whole", "parts")]
     for one, other in zip(*(state["detector"].values() for state in states), strict=True):
