@@ -143,7 +143,7 @@ class Rows(nn.Module):
         self.register_buffer("velocity", torch.zeros_like(weight), saved)
         self.register_buffer("current", torch.zeros(len(weight), dtype=torch.long), saved)
         self.register_buffer("broken", torch.zeros((), dtype=torch.long))
-        self.register_buffer("steepness", torch.tensor(torch.nan), persistent=False)
+        self.register_buffer("steepness", torch.tensor(torch.nan))
 
     def places(self, index: Tensor) -> Tensor:
         """(S,) where in `weight` and the others rows `index` (S,) are."""
