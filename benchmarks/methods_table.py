@@ -22,6 +22,7 @@ IMAGES = 9469
 SIDE = ["--size", "64"]
 ADAMW = ["--optimizer", "adamw", "--lr", "0.001", "--weight-decay", "0.05"]
 SGD = ["--optimizer", "sgd", "--lr", "0.06", "--weight-decay", "5e-4"]
+WARM = ["--warmup-epochs", "0.3", "--lr-every", "step"]
 PAIR = ["--preset", "simclr-small"]
 MOVING = ["--method.momentum", "0.99"]
 HEADS = ["--method.hidden", "1024", "--method.dim", "256"]
@@ -77,7 +78,7 @@ def masks(asked: argparse.Namespace) -> Path:
 def pretrain(name: str, folder: Path, epochs: float, seed: int, asked: argparse.Namespace) -> Any:
     """The summary of a run; one that is there already is not run again."""
     if not (folder / "summary.json").exists():
-        options = [*SIDE, "--batch-size", "128", "--warmup-epochs", "0.3", *METHODS[name]]
+        options = [*SIDE, "--batch-size", "128", *WARM, *METHODS[name]]
         if name == "seed":
             teacher = asked.out / f"simclr-{seed}"
             options += ["--method.teacher", str(teacher)]

@@ -252,6 +252,12 @@ class Pretrain:
             raise UserError(f"--parallel fsdp {told}")
         if self.batch_size < 2:
             raise UserError(f"--batch-size must be 2 or more, not {self.batch_size}")
+        held = self.lr_every == "epoch" and self.lr_at == "start" and self.lr_start == 0
+        if held and self.warmup_epochs > 0:
+            raise UserError(
+                f"--warmup-epochs {self.warmup_epochs:g} with --lr-every epoch holds the rate at 0 "
+                "for a whole epoch; use --lr-every step, or an --lr-start above 0"
+            )
         if self.weight_decay_end is not None and not (self.weight_decay_end >= 0):
             raise UserError(f"--weight-decay-end must not be below 0: {self.weight_decay_end}")
         if self.weight_decay_end and not self.weight_decay:

@@ -150,6 +150,16 @@ def test_a_switch_alone_is_on_and_eats_nothing():
         settings.merged(start, {"compile": "maybe"}, "c.yaml")
 
 
+def test_a_warm_up_that_would_lose_an_epoch_is_refused():
+    start = settings.Pretrain(data="x", lr_every="epoch")
+    with pytest.raises(
+        UserError, match=r"--warmup-epochs 0\.3 with --lr-every epoch holds the rate"
+    ):
+        settings.merged(start, {"warmup_epochs": 0.3}, "c.yaml")
+    for more in ({"lr_start": 0.1}, {"lr_every": "step"}, {"lr_at": "end"}):
+        settings.merged(start, {"warmup_epochs": 0.3, **more}, "c.yaml")
+
+
 def test_files_take_the_words_that_flags_take():
     start = settings.Pretrain(data="x", lr=0.5)
     told = {"lr": "unset", "weight_decay_end": "none", "resident": "yes"}

@@ -75,6 +75,7 @@ def trained(name, patterns, out, **own_values):
         "epochs": 15.0,
         "batch_size": 64,
         "warmup_epochs": 1.0,
+        "lr_every": "step",
         "views": {"min_scale": [0.5], "hue": 0.5, "gray": 0.4, "blur": [0.0], "solarize": [0.0]},
         "method": {key: value for key, value in small.items() if hasattr(own, key)},
         "precision": "fp32",
