@@ -1,4 +1,4 @@
-"""Settings in YAML files, read without executing anything and written whole or not at all."""
+"""Settings in words: as typed, and in YAML files, which execute nothing and are written whole."""
 
 from __future__ import annotations
 
@@ -119,3 +119,12 @@ def truth(value: Any) -> bool | None:
     if word in ("yes", "true", "t", "y", "1"):
         return True
     return False if word in ("no", "false", "f", "n", "0") else None
+
+
+def spelt(value: Any) -> str:
+    """A setting as it is typed; a list of nothing is typed as nothing."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(spelt, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return UNSET[0] if value is None else str(value) or "''"

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import tyro
 
 from firstsight import methods, recipes, settings
+from firstsight.cli.spelling import words
 from firstsight.errors import UserError
 from firstsight.plain_yaml import UNSET
-from firstsight.spelling import words
 
 T = TypeVar("T")
 

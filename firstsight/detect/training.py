@@ -36,7 +36,7 @@ from firstsight.log import Log, Meter, read_log, say, told
 from firstsight.nets import cast_to
 from firstsight.optim.schedule import Schedule, due
 from firstsight.order import Epochs
-from firstsight.settings import merged, plain, read_yaml, write_yaml
+from firstsight.settings import plain, read_yaml, write_yaml
 
 
 @dataclass(kw_only=True)
@@ -175,7 +175,7 @@ def _begin_or_continue(config: Train, out: Path) -> None:
         values = read_yaml(earlier)
         if values.pop("name", "") != "detect":
             raise UserError(f"{out} is a run of pretraining; use another --out")
-        old = plain(merged(config, values, str(earlier)))
+        old = plain(folders.begun_with(config, values, str(earlier)))
         differing = folders.differences(old, plain(config), UNBOUND)
         if differing:
             raise folders.started_otherwise(out, differing, first="checkpoint")

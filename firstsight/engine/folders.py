@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from firstsight import distributed
 from firstsight.errors import UserError
 from firstsight.log import say
+from firstsight.plain_yaml import spelt
 from firstsight.settings import UNBOUND, Pretrain, flag, merged, plain, read_yaml, write_yaml
-from firstsight.spelling import spelt
 
 T = TypeVar("T")
 Differing = dict[str, tuple[Any, Any]]
@@ -136,7 +136,7 @@ def _compared(config: Pretrain, earlier: Path) -> tuple[Pretrain, Differing]:
     """
     values = read_yaml(earlier)
     values.pop("name", None)
-    old = merged(_as_before(config, values), values, str(earlier))
+    old = begun_with(config, values, str(earlier))
     config = dataclasses.replace(
         config,
         precision=old.precision if config.precision == "auto" else config.precision,
@@ -152,6 +152,11 @@ def _compared(config: Pretrain, earlier: Path) -> tuple[Pretrain, Differing]:
     if "part" not in (old.cache, config.cache):  # the other two differ in speed alone
         differing.pop("cache", None)
     return config, differing
+
+
+def begun_with(config: T, values: dict[str, Any], where: str) -> T:
+    """The settings of an earlier run: `values`, read from `where`."""
+    return merged(_as_before(config, values), values, where)
 
 
 def _as_before(settings: T, values: dict[str, Any]) -> T:

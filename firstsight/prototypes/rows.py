@@ -119,8 +119,9 @@ class Rows(nn.Module):
     velocity: Tensor
     current: Tensor
     broken: Tensor
-    steepness: Tensor
     """Gradients so far that were not finite."""
+    steepness: Tensor
+    """Length of the last gradient, before it was cut; 0 before any."""
 
     def __init__(
         self,
@@ -143,7 +144,7 @@ class Rows(nn.Module):
         self.register_buffer("velocity", torch.zeros_like(weight), saved)
         self.register_buffer("current", torch.zeros(len(weight), dtype=torch.long), saved)
         self.register_buffer("broken", torch.zeros((), dtype=torch.long))
-        self.register_buffer("steepness", torch.tensor(torch.nan))
+        self.register_buffer("steepness", torch.zeros(()))
 
     def places(self, index: Tensor) -> Tensor:
         """(S,) where in `weight` and the others rows `index` (S,) are."""
@@ -216,7 +217,7 @@ class Rows(nn.Module):
 
     def figures(self, rows: Tensor) -> dict[str, Tensor]:
         """For the log: lengths of rows (S, D), steps that were left out, and how long the gradient
-        of the step before was, all of it together (NaN before any)."""
+        of the step before was, all of it together."""
         return {
             **lengths("prototype_norm", rows),
             "prototype_steps_left_out": self.broken.to(rows.dtype),

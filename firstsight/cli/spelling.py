@@ -1,4 +1,4 @@
-"""How options read in `--help`, and how they are spelt: in words, not in Python's types."""
+"""How options read in `--help`: in words, not in Python's types."""
 
 from __future__ import annotations
 
@@ -8,20 +8,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from firstsight.plain_yaml import UNSET, truth
+from firstsight.plain_yaml import UNSET, spelt, truth
 
 Spec = PrimitiveConstructorSpec[Any]
 words = ConstructorRegistry()
 """The rules below, for the parser."""
-
-
-def spelt(value: Any) -> str:
-    """A setting as it is typed; a list of nothing is typed as nothing."""
-    if isinstance(value, list | tuple):
-        return " ".join(map(spelt, value))
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return UNSET[0] if value is None else str(value) or "''"
 
 
 def _shown(value: Any) -> list[str]:
