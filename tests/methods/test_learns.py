@@ -20,7 +20,7 @@ from tests.tiny import NETWORK
 
 pytestmark = pytest.mark.slow
 
-# About half of what was gained when this was written, in points of k-NN (18 to 22 % untrained);
+# A third to a half of what was gained when this was written, in points of k-NN (18 to 22 % untrained);
 # a method that is not here must gain 5.
 GAINS = {"simclr": 30, "seed": 30, "instdisc": 20, "swav": 16, "mocov3": 15, "densecl": 22}
 GAINS |= {"mocov1": 24, "vicreg": 25, "simsiam": 12, "barlow": 11, "mocov2": 11, "pic": 10}
