@@ -20,8 +20,8 @@ from tests.tiny import NETWORK
 
 pytestmark = pytest.mark.slow
 
-# A third to a half of what was gained when this was written, in points of k-NN (18 to 22 % untrained);
-# a method that is not here must gain 5.
+# A third to a half of what was gained when this was written, in points of k-NN (untrained: 18 to
+# 22 %); a method that is not here must gain 5.
 GAINS = {"simclr": 30, "seed": 30, "instdisc": 20, "swav": 16, "mocov3": 15, "densecl": 22}
 GAINS |= {"mocov1": 24, "vicreg": 25, "simsiam": 12, "barlow": 11, "mocov2": 11, "pic": 10}
 GAINS |= {"pixpro": 4}
